@@ -1,0 +1,162 @@
+"""The dataset format: columns, reasons, records. What both sides of the system agree on.
+
+The catalogue holds one row a sample with exactly the columns below: nothing else of a source file
+reaches a dataset but its pixels (data.md section 4). The action letters are those of DICOM PS3.15
+table E.1-1: K keep, C clean, D replace by a dummy, X remove, U replace a UID consistently; `-` marks a
+column that has no DICOM attribute behind it.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+
+Row = dict[str, Any]
+
+
+class Split(StrEnum):
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+
+class Reason(StrEnum):
+    """Why an input did not become a sample. A closed set: it is a metrics label and holds no PHI."""
+
+    NOT_AN_IMAGE = "not_an_image"  # neither DICOM nor NIfTI nor a listed raster
+    UNREADABLE = "unreadable"  # no valid header, truncated, damaged
+    NO_PART10_HEADER = "no_part10_header"  # DICOM without preamble: readable by guessing only
+    DICOMDIR = "dicomdir"  # a directory of files, not an image
+    NO_MODALITY = "no_modality"
+    MODALITY_OUT_OF_SCOPE = "modality_out_of_scope"
+    SOP_CLASS_OUT_OF_SCOPE = "sop_class_out_of_scope"  # SR, SEG, RTDOSE, whole slide, ...
+    NO_PIXEL_DATA = "no_pixel_data"
+    TRANSFER_SYNTAX = "transfer_syntax_unsupported"  # video and unknown syntaxes
+    BAD_PIXEL_DESCRIPTION = "bad_pixel_description"  # Rows, Columns, Bits ... missing or contradictory
+    TOO_LARGE = "too_large"  # declared pixels above the limit: a bomb or not a 2D image
+    DECODE_FAILED = "decode_failed"
+    TOO_SMALL = "too_small"  # one side <= 32 px
+    CONSTANT = "constant"  # blank image
+    DERIVED = "derived"  # screen save, report, burned-in summary
+    BURNED_IN_RISK = "burned_in_risk"  # high risk of text in the pixels (section 4)
+    DUPLICATE = "duplicate"  # same instance and pixels, or same pixels: kept once
+    UID_COLLISION = "uid_collision"  # same instance UID, other pixels
+    LABEL_MAP = "label_map"  # NIfTI label, vector or RGB intents; atlases
+    NOT_LISTED = "not_listed"  # raster image without a row in the CSV
+    SOURCE_MISSING = "source_missing"  # planned, but gone or changed when it was read
+    CRASHED = "crashed"  # the decoder process died or ran out of time
+
+
+@dataclass(frozen=True)
+class Column:
+    """One catalogue column: Arrow type, PS3.15 action, meaning (with unit)."""
+
+    name: str
+    type: pa.DataType
+    action: str
+    doc: str
+    nullable: bool = True
+
+
+_S, _I32, _I64, _F64, _B = pa.string(), pa.int32(), pa.int64(), pa.float64(), pa.bool_()
+_VEC = pa.list_(pa.float64())
+
+COLUMNS: tuple[Column, ...] = (
+    # identity
+    Column("key", _S, "-", "sample key: keyed pseudonym, base32, no dots", False),
+    Column("source", _S, "-", "keyed pseudonym of the source path", False),
+    Column("unit", _S, "-", "id of the unit of work that wrote the sample", False),
+    Column("kind", _S, "-", "dicom | nifti | raster", False),
+    Column("modality", _S, "-", "partition: xr, ct, mr, us or as configured", False),
+    Column("split", _S, "-", "train | val | test: a keyed bucket of the patient", False),
+    Column("patient", _S, "D", "keyed pseudonym of site and PatientID", False),
+    Column("study", _S, "U", "keyed pseudonym of StudyInstanceUID"),
+    Column("series", _S, "U", "keyed pseudonym of SeriesInstanceUID"),
+    Column("instance", _S, "U", "keyed pseudonym of SOPInstanceUID"),
+    Column("frame", _I32, "-", "0-based frame or slice of the source file", False),
+    # where the pixels are
+    Column("shard", _S, "-", "file name of the shard inside shards/<modality>/", False),
+    Column("offset", _I64, "-", "byte offset of the encoded pixels in the shard", False),
+    Column("size", _I64, "-", "bytes of the encoded pixels", False),
+    Column("codec", _S, "-", "htj2k | png16 | blosc2", False),
+    # pixels at rest
+    Column("rows", _I32, "K", "rows as stored", False),
+    Column("columns", _I32, "K", "columns as stored", False),
+    Column("dtype", _S, "-", "uint8 | uint16 | int16", False),
+    Column("original_rows", _I32, "K", "Rows of the source", False),
+    Column("original_columns", _I32, "K", "Columns of the source", False),
+    Column("bits_stored", _I32, "K", "BitsStored of the source"),
+    Column("pixel_digest", _S, "-", "blake2b of dtype, shape and stored pixels", False),
+    Column("photometric", _S, "K", "PhotometricInterpretation of the source"),
+    Column(
+        "inverted", _B, "-", "True where MONOCHROME1 or an INVERSE LUT was turned to larger = brighter", False
+    ),
+    Column("was_color", _B, "-", "True where luma was taken of a colour image", False),
+    Column("lossy_source", _B, "K", "the source syntax was lossy", False),
+    # values
+    Column("rescale_slope", _F64, "K", "slope; already applied for CT (pixels are HU)"),
+    Column("rescale_intercept", _F64, "K", "intercept; already applied for CT"),
+    Column("window_center", _F64, "K", "first VOI window, in the units of the stored pixels"),
+    Column("window_width", _F64, "K", "first VOI window width"),
+    Column("window_function", _S, "K", "LINEAR | LINEAR_EXACT | SIGMOID"),
+    Column("p005", _F64, "-", "0.5th percentile of the stored pixels", False),
+    Column("p995", _F64, "-", "99.5th percentile of the stored pixels", False),
+    Column("mean", _F64, "-", "mean of the stored pixels", False),
+    Column("std", _F64, "-", "standard deviation of the stored pixels", False),
+    Column("minimum", _F64, "-", "minimum of the stored pixels", False),
+    Column("maximum", _F64, "-", "maximum of the stored pixels", False),
+    # geometry, mm
+    Column("spacing_row_mm", _F64, "K", "distance of rows as stored, mm"),
+    Column("spacing_column_mm", _F64, "K", "distance of columns as stored, mm"),
+    Column("slice_thickness_mm", _F64, "K", "SliceThickness, mm"),
+    Column("position_mm", _VEC, "K", "ImagePositionPatient, 3 values, mm, LPS"),
+    Column("orientation", _VEC, "K", "ImageOrientationPatient, 6 direction cosines, LPS"),
+    Column("frame_of_reference", _S, "U", "keyed pseudonym of FrameOfReferenceUID"),
+    # acquisition, closed vocabularies and numbers only
+    Column("sop_class", _S, "K", "SOP Class UID (standard classes only)"),
+    Column("transfer_syntax", _S, "K", "Transfer Syntax UID of the source"),
+    Column("manufacturer", _S, "C", "closed vocabulary, else 'other'"),
+    Column("body_part", _S, "C", "closed vocabulary of BodyPartExamined, else 'other'"),
+    Column("view_position", _S, "C", "closed vocabulary of ViewPosition, else 'other'"),
+    Column("laterality", _S, "C", "L | R | B"),
+    Column("sex", _S, "C", "M | F | O"),
+    Column("age_years", _F64, "C", "age at the examination, capped at 90"),
+    Column("kvp", _F64, "K", "tube voltage, kV"),
+    Column("field_strength_t", _F64, "K", "magnetic field, tesla"),
+    Column("echo_time_ms", _F64, "K", "echo time, ms"),
+    Column("repetition_time_ms", _F64, "K", "repetition time, ms"),
+    Column("echo_number", _I32, "K", "EchoNumbers"),
+)
+
+COLUMN_NAMES: frozenset[str] = frozenset(c.name for c in COLUMNS)
+# Where a sample lies is known only once its shard is written: these are in the catalogue, not in the tar.
+LOCATION_COLUMNS: frozenset[str] = frozenset({"shard", "offset", "size"})
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("source", _S, nullable=False),  # keyed pseudonym of the source path
+        pa.field("unit", _S, nullable=False),
+        pa.field("frame", _I32, nullable=False),  # -1: the whole file
+        pa.field("kind", _S, nullable=False),  # dicom | nifti | raster | other
+        pa.field("modality", _S, nullable=False),  # partition, or "none"
+        pa.field("reason", _S, nullable=False),  # a Reason
+    ]
+)
+
+
+def catalog_schema() -> pa.Schema:
+    """The Parquet schema of catalog/<modality>/*.parquet."""
+    return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in COLUMNS])
+
+
+def check_row(row: Row) -> None:
+    """Hold a row to the allow-list. Raises ValueError (our mistake, not the user's)."""
+    unknown = row.keys() - COLUMN_NAMES
+    if unknown:
+        raise ValueError(f"columns not on the allow-list: {sorted(unknown)}")
+    missing = [c.name for c in COLUMNS if not c.nullable and row.get(c.name) is None]
+    if missing:
+        raise ValueError(f"required columns missing: {missing}")

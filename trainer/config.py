@@ -1,0 +1,246 @@
+"""Typed configuration of a pretraining run: one tree, YAML presets, `a.b=c` overrides.
+
+An unknown key is an error; a value is obeyed or refused with the fix, never adjusted (architecture.md,
+principle 5). The defaults are Table I of the paper, column 2D.
+"""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shards.errors import UserError
+
+Probability = float
+Range = tuple[float, float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class IntensityConfig(_Strict):
+    """How stored pixels become [0, 1]. `recorded`: the DICOM window, percentiles where there is none;
+    `fixed`: `center` and `width`; `percentile`: the 0.5th to the 99.5th percentile of the image."""
+
+    mode: Literal["recorded", "fixed", "percentile"] = "percentile"
+    center: float | None = None
+    width: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _fixed_needs_window(self) -> "IntensityConfig":
+        if (self.mode == "fixed") != (self.center is not None and self.width is not None):
+            raise ValueError("center and width go with mode=fixed, and mode=fixed needs both")
+        return self
+
+
+class DataConfig(_Strict):
+    """What is read: `batch_size` is global and holds batch_size/len(modalities) images of each modality."""
+
+    dataset: str = ""
+    modalities: tuple[str, ...] = ("xr", "ct", "mr", "us")
+    split: Literal["train", "val", "test", "all"] = "train"
+    batch_size: int = Field(default=32, gt=0)
+    intensity: dict[str, IntensityConfig] = {"ct": IntensityConfig(mode="recorded")}
+
+    @property
+    def per_modality(self) -> int:
+        """B/M: images of one modality in a global batch."""
+        return self.batch_size // len(self.modalities)
+
+    @model_validator(mode="after")
+    def _equal_subsets(self) -> "DataConfig":
+        count = len(self.modalities)
+        if count == 0 or len(set(self.modalities)) != count:
+            raise ValueError("data.modalities must name at least one modality, each once")
+        if self.batch_size % count:
+            low = self.batch_size - self.batch_size % count
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is no multiple of the {count} modalities: "
+                f"use {max(low, count)} or {low + count}"
+            )
+        return self
+
+
+class CropConfig(_Strict):
+    """One group of crops of equal size. `share` is the fraction of the (border-cropped) image area that a
+    crop covers, drawn uniformly; it is used by geometry `recommended` only."""
+
+    count: int = Field(gt=0)
+    size: int = Field(gt=0)  # px, square
+    share: Range = (0.14, 1.0)
+
+
+class ViewConfig(_Strict):
+    """Multi-crop and the five augmentations, in their order: rescale, energy, gamma, linear, crop
+    (method.md sections 2, 3-A, 3-B, 3-H)."""
+
+    geometry: Literal["paper", "recommended"] = "recommended"
+    size_range: dict[str, Range] = {}  # px of the longer side per modality; geometry=paper only
+    default_size_range: Range = (600.0, 1200.0)
+    border: Range = (0.1, 0.1)  # fraction of height, width removed at each side before cropping
+    crops: tuple[CropConfig, ...] = (
+        CropConfig(count=2, size=224, share=(0.14, 1.0)),
+        CropConfig(count=6, size=92, share=(0.05, 0.14)),
+    )
+    sigmas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    energy_probability: Probability = Field(default=0.8, ge=0, le=1)
+    gamma_probability: Probability = Field(default=0.5, ge=0, le=1)
+    gamma: Range = (1.8, 2.6)
+    linear_probability: Probability = Field(default=0.5, ge=0, le=1)
+    linear_gain: Range = (0.9, 1.1)
+    linear_offset: Range = (-0.2, 0.2)
+    band_statistics: str | None = None  # file of `medswav fit-bands`; None: RUN/bands.json, fitted at start
+
+    @property
+    def n_crops(self) -> int:
+        return sum(c.count for c in self.crops)
+
+
+class ModelConfig(_Strict):
+    backbone: Literal["resnet-tiny", "resnet18", "resnet50", "resnet152", "resnet50w2", "resnet50w4"] = (
+        "resnet50"
+    )
+    in_channels: int = Field(default=1, gt=0)  # 1: grey images as they are
+    hidden_dim: int = Field(default=2048, gt=0)  # projection head: Linear-BN-ReLU-Linear
+    feature_dim: int = Field(default=128, gt=0)
+    sync_batchnorm: bool = False
+
+
+class SwavConfig(_Strict):
+    prototypes: int = Field(default=3000, gt=1)  # per modality
+    assign: tuple[int, ...] = (0, 1)  # crops that give codes
+    temperature: float = Field(default=0.1, gt=0)
+    epsilon: float = Field(default=0.03, gt=0)
+    sinkhorn_iterations: int = Field(default=3, gt=0)
+    queue_length: int = Field(default=3840, ge=0)  # global, per assigned crop; per modality: / M; 0: none
+    queue_start_step: int = Field(default=0, ge=0)
+    freeze_prototypes_steps: int = Field(default=10_000, ge=0)
+
+
+class OptimConfig(_Strict):
+    optimizer: Literal["larc-sgd", "adamw"] = "larc-sgd"
+    learning_rate: float = Field(default=0.6, gt=0)
+    final_learning_rate: float = Field(default=0.0006, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    momentum: float = 0.9
+    weight_decay: float = Field(default=1e-6, ge=0)
+    larc_trust: float = 0.001
+    larc_eps: float = 1e-8
+
+
+class CheckpointConfig(_Strict):
+    every_steps: int = Field(default=1000, gt=0)
+    keep: int = Field(default=3, gt=0)
+
+
+class TrainConfig(_Strict):
+    """The whole run. `max_steps` is the horizon of the cosine schedule; epochs derive from it."""
+
+    seed: int = 0
+    max_steps: int = Field(default=100_000, gt=0)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    threads: int = Field(default=1, gt=0)  # torch threads of a rank on a CPU
+    log_every_steps: int = Field(default=10, gt=0)
+    data: DataConfig = DataConfig()
+    views: ViewConfig = ViewConfig()
+    model: ModelConfig = ModelConfig()
+    swav: SwavConfig = SwavConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        n_crops = self.views.n_crops
+        assign = self.swav.assign
+        if not assign or len(set(assign)) != len(assign) or not all(0 <= a < n_crops for a in assign):
+            raise ValueError(f"swav.assign={list(assign)} must name different crops below {n_crops}")
+        if n_crops < 2:
+            raise ValueError("views.crops must give at least 2 crops")
+        batch, queue = self.data.batch_size, self.swav.queue_length
+        if queue % batch:
+            low = queue - queue % batch
+            raise ValueError(
+                f"swav.queue_length={queue} is no multiple of data.batch_size={batch}: "
+                f"the nearest valid lengths are {low} and {low + batch} (0 switches the queue off)"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    return sorted(
+        p.name.removesuffix(".yaml") for p in _preset_folder().iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A preset's name (or the path of a YAML file) and `a.b=value` overrides to a config. Raises UserError."""
+    tree = _read_tree(preset)
+    for item in overrides:
+        _apply(tree, item)
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+
+
+def check_world(config: TrainConfig, world_size: int) -> None:
+    """Refuse a world size that cannot hold equal modality subsets on every rank. Raises UserError."""
+    per_modality = config.data.per_modality
+    if per_modality % world_size:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} gives {per_modality} images of each modality, which "
+            f"{world_size} ranks cannot share equally: use a batch_size that is a multiple of "
+            f"{len(config.data.modalities) * world_size}"
+        )
+
+
+def _preset_folder() -> Any:
+    return resources.files("trainer") / "presets"
+
+
+def _read_tree(preset: str) -> dict[str, Any]:
+    if preset.endswith((".yaml", ".yml")):
+        path = Path(preset)
+        if not path.is_file():
+            raise UserError(f"config file {preset} does not exist")
+        text = path.read_text()
+    else:
+        if preset not in preset_names():
+            raise UserError(f"no preset is called {preset!r}: choose from {', '.join(preset_names())}")
+        text = (_preset_folder() / f"{preset}.yaml").read_text()
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError:
+        raise UserError(f"{preset} is not valid YAML") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{preset} must hold a mapping of settings")
+    return tree
+
+
+def _apply(tree: dict[str, Any], item: str) -> None:
+    name, separator, value = item.partition("=")
+    if not separator or not name:
+        raise UserError(f"--set {item!r}: write it as a.b=value")
+    *parents, leaf = name.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {name}: {parent} holds no settings below it")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {name}: {value!r} is not a valid value") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {name}"
+    text = first["msg"].removeprefix("Value error, ")
+    return f"{name}: {text}" if name else text
