@@ -1,0 +1,34 @@
+# make demo: set everything up and run the whole path on generated data
+# make test: set everything up and pass the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO ?= demo
+
+.PHONY: demo test lint install clean
+.DELETE_ON_ERROR:
+
+install: $(READY)
+
+# One locked set of versions: pip takes the constraints, so a fresh machine gets what was tested.
+$(READY): pyproject.toml deploy/requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medswav needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/requirements.lock -e '.[test]'
+	touch $@
+
+demo: install
+	$(BIN)/medswav demo $(DEMO)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
