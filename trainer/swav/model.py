@@ -1,0 +1,76 @@
+"""Backbone, projection head and the prototypes of each modality as one module: DDP sees all parameters."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from trainer.config import ModelConfig, SwavConfig
+from trainer.models.heads import projection_head
+from trainer.models.resnet import build_backbone
+from trainer.swav.prototypes import Prototypes
+
+
+class MultiModalSwav(nn.Module):
+    """method.md eq. 3: shared `backbone` and `projection_head`, `prototypes` of each modality's own."""
+
+    def __init__(self, model: ModelConfig, swav: SwavConfig, modalities: Sequence[str]) -> None:
+        super().__init__()
+        self.modalities = tuple(modalities)
+        backbone = build_backbone(model.backbone, model.in_channels)
+        head = projection_head(backbone.feature_dim, model.hidden_dim, model.feature_dim)
+        if model.sync_batchnorm:
+            backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+            head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
+        self.backbone: nn.Module = backbone
+        self.projection_head: nn.Module = head
+        self.prototypes = Prototypes(self.modalities, model.feature_dim, swav.prototypes)
+
+    def forward(
+        self, crops: Sequence[Tensor], sizes: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Unit features [V, n, F] and, for each modality, scores [V, b_m, K]; both float32, with gradient.
+
+        crops: per crop group [count, n, C, *spatial], float in [0, 1] or uint8; images are modality-major.
+        sizes: images of each modality in n; default: n / M of each. V = sum of the counts, in the groups'
+        order.
+        """
+        self.prototypes.normalize()
+        n = crops[0].shape[1]
+        pooled = self._pool(crops)  # [V * n, D]
+        z = normalize(self.projection_head(pooled).float(), dim=1).unflatten(0, (-1, n))
+        parts = modality_slices(n, len(self.modalities), sizes)
+        return z, self.prototypes.scores([z[:, part] for part in parts])
+
+    def _pool(self, crops: Sequence[Tensor]) -> Tensor:
+        """One backbone forward per crop shape: batch-norm statistics are those of all crops of a
+        resolution.
+        """
+        shapes = list(dict.fromkeys(c.shape[2:] for c in crops))
+        pooled: list[Tensor] = [torch.empty(0)] * len(crops)
+        for shape in shapes:
+            members = [i for i, c in enumerate(crops) if c.shape[2:] == shape]
+            flat = [_to_float(crops[i].flatten(0, 1)) for i in members]
+            out = self.backbone(flat[0] if len(flat) == 1 else torch.cat(flat))
+            for i, part in zip(members, out.split([len(f) for f in flat]), strict=True):
+                pooled[i] = part
+        return torch.cat(pooled)
+
+
+def modality_slices(n: int, n_modalities: int, sizes: Sequence[int] | None = None) -> list[slice]:
+    """Where each modality's images lie in a modality-major batch of n."""
+    if sizes is None:
+        if n % n_modalities:
+            raise ValueError(f"{n} images are no multiple of {n_modalities} modalities")
+        sizes = [n // n_modalities] * n_modalities
+    if len(sizes) != n_modalities or sum(sizes) != n:
+        raise ValueError(f"sizes {list(sizes)} do not share {n} images among {n_modalities} modalities")
+    edges = [sum(sizes[:i]) for i in range(n_modalities + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def _to_float(crops: Tensor) -> Tensor:
+    """uint8 travels over the bus and is scaled to [0, 1] on the device."""
+    return crops.float().div_(255) if crops.dtype == torch.uint8 else crops
