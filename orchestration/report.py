@@ -1,0 +1,279 @@
+"""The report of a demo or a run: one HTML file with everything inside it, a pure function of ReportData.
+
+Every text that comes from data is escaped; nothing is fetched, no script runs.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+
+from orchestration.report_data import (
+    ENCODER_NAMES,
+    ENCODERS,
+    PROBE_NAMES,
+    REASON_TEXT,
+    Comparison,
+    PrototypeUse,
+    ReportData,
+    Spread,
+    Views,
+    compare,
+    final_loss,
+    headline,
+    modality_name,
+)
+from orchestration.report_figures import auc_chart, loss_chart, picture, thumbnail, use_chart
+from orchestration.report_style import CSS
+
+BURNED_IN = (
+    "These are pixels of patients. Headers were left behind, but names or dates that a device wrote into the "
+    "picture can still be visible: look at every picture before you pass this file on."
+)
+GENERATED = (
+    "All pictures in this report are generated; none shows a patient. With your own files this place shows "
+    "patients, and text that a device wrote into the pixels can be visible."
+)
+
+
+def render(data: ReportData) -> str:
+    """ReportData to a complete HTML document (below 3 MB for the samples and views of a demo)."""
+    title, lead = headline(data)
+    body = "".join(
+        part(data)
+        for part in (_facts, _notes, _result, _ingested, _seen, _learned, _prototypes, _times, _reproduce)
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
+        f"<style>{CSS}</style></head>\n<body><main>"
+        f'<p class="kicker">medswav pretraining report, {escape(data.date)}</p>'
+        f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{body}'
+        "<footer>This file is complete: it loads nothing and needs no network.</footer>"
+        "</main></body></html>\n"
+    )
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, 4 min 05 s or 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _section(anchor: str, title: str, lead: str, body: str) -> str:
+    text = f"<p>{escape(lead)}</p>" if lead else ""
+    return f'\n<section id="{anchor}"><h2>{escape(title)}</h2>{text}{body}</section>'
+
+
+def _table(
+    head: Sequence[str], rows: Sequence[str], numeric: frozenset[int], wide: bool, foot: str = ""
+) -> str:
+    cells = "".join(f"<th{_n(i in numeric)}>{escape(h)}</th>" for i, h in enumerate(head))
+    kind = ' class="wide"' if wide else ""
+    tail = f"<tfoot>{foot}</tfoot>" if foot else ""
+    return (
+        f'<div class="scroll"><table{kind}><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody>{tail}</table></div>"
+    )
+
+
+def _n(numeric: bool) -> str:
+    return ' class="n"' if numeric else ""
+
+
+def _missing(text: str) -> str:
+    return f'<p class="missing">{escape(text)}</p>'
+
+
+def _facts(data: ReportData) -> str:
+    facts = [("Images ingested", f"{sum(c.total for c in data.counts):,}")]
+    facts.append(("Refused, with a reason", f"{sum(r.count for r in data.refusals):,}"))
+    if data.curve and data.curve.loss:
+        facts.append(("Loss minus ln K at the end", f"{final_loss(data.curve):+.2f}".replace("-", "−")))
+    if data.steps:
+        facts.append(("Time in all", duration(sum(s.seconds for s in data.steps))))
+    return '<dl class="facts">' + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts) + "</dl>"
+
+
+def _notes(data: ReportData) -> str:
+    if not data.notes:
+        return ""
+    return '<div class="notice">' + "".join(f"<p>{escape(n)}</p>" for n in data.notes) + "</div>"
+
+
+def _result(data: ReportData) -> str:
+    title = "Is the encoder any good?"
+    rows = compare(data.scores)
+    if not rows:
+        return _section("result", title, "", _missing(data.probe_skipped or "No probe was run."))
+    linear = [r for r in rows if r.probe == "linear"] or rows
+    lead = (
+        "The encoder is frozen and a simple classifier is trained on its features. A network of the same "
+        "shape with random weights, and a classifier on the plain pixels, show how much of the score is owed "
+        "to pretraining."
+    )
+    body = f"<h3>{PROBE_NAMES.get(linear[0].probe, linear[0].probe)}: mean and range over seeds</h3>"
+    body += auc_chart(linear) + _score_table(rows)
+    foot = " ".join(n for n in (data.label_note, data.seed_note, data.probe_skipped or "") if n)
+    return _section("result", title, lead, body + (f'<p class="caption">{escape(foot)}</p>' if foot else ""))
+
+
+def _score_table(rows: Sequence[Comparison]) -> str:
+    body = []
+    span = Counter(row.modality for row in rows)
+    for i, row in enumerate(rows):
+        first = i == 0 or rows[i - 1].modality != row.modality
+        name = f'<th rowspan="{span[row.modality]}">{escape(modality_name(row.modality))}</th>'
+        margin = row.margin()
+        won = row.beats()
+        text = "-" if margin is None else f"{margin:+.3f}".replace("-", "−")
+        verdict = "outside the spread" if won else "not outside"
+        body.append(
+            f"<tr>{name if first else ''}<td>{escape(PROBE_NAMES.get(row.probe, row.probe))}"
+            f'<span class="sub">{row.n_train:,} train, {row.n_test:,} test</span></td>'
+            + "".join(f'<td class="n">{_spread(row.spreads.get(e))}</td>' for e in ENCODERS)
+            + f'<td class="n"><span class="{"won" if won else ""}">{text}</span>'
+            f'<span class="sub">{verdict if margin is not None else ""}</span></td></tr>'
+        )
+    head = ("Modality", "Probe", *(ENCODER_NAMES[e] for e in ENCODERS), "Margin over random")
+    return _table(head, body, frozenset({2, 3, 4, 5}), wide=True)
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return f'{spread.mean:.3f}<span class="sub">{spread.low:.3f} to {spread.high:.3f}</span>'
+
+
+def _ingested(data: ReportData) -> str:
+    if not data.counts:
+        return _section("ingested", "What was ingested", "", _missing("The dataset holds no image."))
+    rows = [
+        f"<tr><th>{escape(modality_name(c.modality))}</th>"
+        + "".join(f'<td class="n">{v:,}</td>' for v in (c.train, c.val, c.test, c.total, c.patients))
+        + "</tr>"
+        for c in data.counts
+    ]
+    sums = [sum(getattr(c, k) for c in data.counts) for k in ("train", "val", "test", "total")]
+    foot = "<tr><th>All</th>" + "".join(f'<td class="n">{v:,}</td>' for v in sums) + "<td></td></tr>"
+    head = ("Images", "Train", "Validation", "Test", "Total", "Patients")
+    table = _table(head, rows, frozenset(range(1, 6)), wide=False, foot=foot if len(rows) > 1 else "")
+    files = f"{data.inputs:,} files were read. " if data.inputs else ""
+    lead = files + "Patients, not images, are dealt to the three splits, so no patient is in two of them."
+    return _section("ingested", "What was ingested", lead, table + _refusals(data) + _sheets(data))
+
+
+def _refusals(data: ReportData) -> str:
+    if not data.refusals:
+        return "<h3>Refused</h3><p>Nothing was refused.</p>"
+    rows = [
+        f"<tr><th><code>{escape(r.reason)}</code></th>"
+        f'<td>{escape(REASON_TEXT.get(r.reason, ""))}</td><td class="n">{r.count:,}</td></tr>'
+        for r in sorted(data.refusals, key=lambda r: (-r.count, r.reason))
+    ]
+    return "<h3>Refused, and why</h3>" + _table(("Reason", "", "Count"), rows, frozenset({2}), wide=False)
+
+
+def _sheets(data: ReportData) -> str:
+    if not data.samples:
+        return ""
+    parts = [f'<p class="notice">{GENERATED if data.generated else BURNED_IN}</p>']
+    for sheet in data.samples:
+        name = modality_name(sheet.modality)
+        cells = "".join(
+            f"<span>{picture(thumbnail(image, 144), f'{name} sample')}</span>" for image in sheet.images
+        )
+        parts.append(f'<div><h3>{escape(name)}</h3><div class="sheet">{cells}</div></div>')
+    return parts[0] + '<div class="sheets">' + "".join(parts[1:]) + "</div>"
+
+
+def _seen(data: ReportData) -> str:
+    title = "What the network saw"
+    if not data.views:
+        return _section("seen", title, "", _missing("No view was drawn."))
+    lead = (
+        "One image of each modality and all views the network got of it in one step: cropped, rescaled, with "
+        "the energy of its frequency bands, its gamma and its brightness changed. It learns to give all of "
+        "them the same prototypes."
+    )
+    return _section("seen", title, lead, "".join(_view(v) for v in data.views))
+
+
+def _view(view: Views) -> str:
+    name = modality_name(view.modality)
+    biggest = max((g.shape[-1] for g in view.crops), default=0)
+    groups = []
+    for group in view.crops:
+        style = "large" if group.shape[-1] == biggest else "small"
+        crops = "".join(picture(crop, f"{name} crop", style) for crop in group)
+        groups.append(f'<div class="crops">{crops}</div>')
+    sizes = " and ".join(f"{g.shape[0]} × {g.shape[-1]} px" for g in view.crops)
+    return (
+        f'<div class="views"><figure>{picture(thumbnail(view.image, 352), name, "whole")}'
+        f"<figcaption>{escape(name)}, the image</figcaption></figure>"
+        f"<figure>{''.join(groups)}<figcaption>{sizes}, enlarged</figcaption></figure></div>"
+    )
+
+
+def _learned(data: ReportData) -> str:
+    title = "How it learned"
+    curve = data.curve
+    if not curve or not curve.steps:
+        return _section("learned", title, "", _missing("No training step was logged."))
+    lead = (
+        f"Loss over {curve.steps[-1]:,} steps. A network that tells nothing apart stays at ln K, the dashed "
+        "line; every modality has prototypes of its own and so a curve of its own."
+    )
+    return _section("learned", title, lead, loss_chart(curve))
+
+
+def _prototypes(data: ReportData) -> str:
+    title = "How the prototypes are used"
+    if not data.prototypes:
+        return _section("prototypes", title, "", _missing("Prototype use was not counted."))
+    lead = (
+        "Training images by their nearest prototype, most used first; the dashed line is equal use. "
+        "Effective is the number of equally used prototypes with the same entropy; dead ones are nearest to "
+        "no image."
+    )
+    parts = "".join(_use(use, i) for i, use in enumerate(data.prototypes))
+    return _section("prototypes", title, lead, f'<div class="uses">{parts}</div>')
+
+
+def _use(use: PrototypeUse, index: int) -> str:
+    return (
+        f"<div><h4>{escape(modality_name(use.modality))}</h4>{use_chart(use.counts, f'm{index % 6}')}"
+        f'<p class="caption">{use.effective:.1f} effective of {len(use.counts)}, {use.dead} dead</p></div>'
+    )
+
+
+def _times(data: ReportData) -> str:
+    if not data.steps:
+        return ""
+    rows = [
+        f"<tr><th>{escape(s.name)}</th><td>{escape(s.detail)}</td>"
+        f'<td class="n">{duration(s.seconds)}</td></tr>'
+        for s in data.steps
+    ]
+    return _section(
+        "times", "How long it took", "", _table(("Step", "", "Time"), rows, frozenset({2}), wide=False)
+    )
+
+
+def _reproduce(data: ReportData) -> str:
+    parts = []
+    if data.commands:
+        parts.append("<h3>Commands</h3><pre>" + escape("\n".join(data.commands)) + "</pre>")
+    facts = {**data.dataset, **data.machine, **data.versions}
+    if facts:
+        rows = [f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items()]
+        parts.append("<h3>Dataset, machine, versions</h3>" + _table(("", ""), rows, frozenset(), wide=False))
+    if data.config:
+        parts.append(
+            f"<details><summary>Training configuration</summary><pre>{escape(data.config)}</pre></details>"
+        )
+    return _section("reproduce", "To do it again", "", "".join(parts)) if parts else ""
