@@ -1,0 +1,111 @@
+"""Reading a dataset: the committed rows, whatever the order in which their units were committed."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from shards import parquet
+from shards.commit import list_commits
+from shards.dataset import read_info
+from shards.errors import UserError
+from shards.schema import QUARANTINE_SCHEMA, Split, catalog_schema
+from shards.store import Store, clear_errors
+
+_LABELS_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def _open(root: str | Path | Store) -> Store:
+    """The store of a dataset. Raises UserError where there is none."""
+    store = root if isinstance(root, Store) else Store(root)
+    read_info(store)
+    return store
+
+
+def load(
+    root: str | Path | Store,
+    modality: str | None = None,
+    columns: Sequence[str] | None = None,
+    split: str | None = None,
+) -> pa.Table:
+    """The committed catalogue rows, sorted by key, with the columns of catalog_schema() or those asked for.
+
+    modality, split: only these rows. Raises UserError where root is no dataset or a file is missing.
+    """
+    store = _open(root)
+    schema = catalog_schema()
+    wanted = list(columns) if columns is not None else schema.names
+    files = [f for c in list_commits(store) for f in c.catalogs if modality in (None, f.modality)]
+    if not files:
+        return schema.empty_table().select(wanted)
+    read = list(dict.fromkeys([*wanted, "key"]))
+    paths = [str(store.local(file.path)) for file in files]
+    with clear_errors(store.root):
+        try:
+            source = pads.dataset(paths, schema=schema, format="parquet")
+            table = source.to_table(read, filter=None if split is None else pc.field("split") == split)
+        except (FileNotFoundError, pa.ArrowInvalid):
+            raise UserError(
+                f"{store.root}: a catalogue file is missing or damaged: run ingest verify"
+            ) from None
+    return table.sort_by("key").select(wanted).combine_chunks()
+
+
+def counts(root: str | Path | Store) -> dict[str, dict[str, int]]:
+    """{modality: {train, val, test: number of samples}}, from the commits alone."""
+    totals: dict[str, dict[str, int]] = {}
+    for commit in list_commits(_open(root)):
+        for modality, statistics in commit.statistics.items():
+            total = totals.setdefault(modality, {s.value: 0 for s in Split})
+            for split in total:
+                total[split] += statistics[split]
+    return dict(sorted(totals.items()))
+
+
+def quarantine(root: str | Path | Store) -> pa.Table:
+    """All committed quarantine rows (QUARANTINE_SCHEMA), sorted by source and frame."""
+    store = _open(root)
+    files = [c.quarantine for c in list_commits(store) if c.quarantine]
+    with clear_errors(store.root):
+        tables = [pq.read_table(store.local(f.path), partitioning=None) for f in files]
+    order = [("source", "ascending"), ("frame", "ascending"), ("unit", "ascending"), ("reason", "ascending")]
+    return pa.concat_tables([QUARANTINE_SCHEMA.empty_table(), *tables]).sort_by(order).combine_chunks()
+
+
+def write_labels(store: Store, name: str, table: pa.Table) -> str:
+    """Store or replace labels/<name>.parquet, sorted by its column `key`. Returns the file's name.
+
+    Raises UserError for a name that is no plain word, ValueError for a table without unique keys.
+    """
+    keys = table["key"] if "key" in table.column_names else None
+    if keys is None or keys.null_count or pc.count_distinct(keys).as_py() != table.num_rows:
+        raise ValueError("a label table has a column `key`, each key once")
+    path = _labels_path(name)
+    store.put(path, parquet.to_bytes(table.sort_by("key")))
+    return path
+
+
+def labels(root: str | Path | Store, name: str) -> pa.Table:
+    """labels/<name>.parquet. Raises UserError that lists the names there are."""
+    store = _open(root)
+    path = _labels_path(name)
+    if not store.exists(path):
+        there = ", ".join(label_names(store)) or "none"
+        raise UserError(f"{store.root} has no labels {name!r} (there are: {there}): run ingest label first")
+    return parquet.read_bytes(store.read(path))
+
+
+def label_names(root: str | Path | Store) -> list[str]:
+    """Names of the label tables of a dataset."""
+    store = _open(root)
+    return [n.removeprefix("labels/").removesuffix(".parquet") for n in store.list("labels")]
+
+
+def _labels_path(name: str) -> str:
+    if not _LABELS_NAME.fullmatch(name):
+        raise UserError(f"{name!r} is no name for labels: use letters, digits, - and _")
+    return f"labels/{name}.parquet"

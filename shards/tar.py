@@ -1,0 +1,151 @@
+"""WebDataset tars: a deterministic writer, an index, and reads by offset.
+
+POSIX ustar (IEEE Std 1003.1, pax): a 512-byte header and padded data a member, two zero blocks at the end.
+Times, owners and modes are constant, so that equal samples give equal bytes.
+"""
+
+import os
+import re
+import tarfile
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+
+from shards import store
+
+BLOCK = 512
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_ZERO = bytes(BLOCK)
+
+
+class ShardWriter:
+    """Writes one tar; add() returns where the data went. close() makes it durable and complete.
+
+    Left by an exception it stays without its end marker: list_members refuses such a file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._offset = 0
+        self._keys: set[str] = set()
+
+    def add(self, key: str, files: dict[str, bytes]) -> dict[str, tuple[int, int]]:
+        """Append one sample: members `<key>.<extension>`, in the order given -> {extension: (offset, size)}.
+
+        Raises ValueError for a key that was added before or that WebDataset would cut at a dot.
+        """
+        if not _KEY.fullmatch(key):
+            raise ValueError("a sample key has only letters, digits, - and _: a dot would merge samples")
+        if key in self._keys:
+            raise ValueError("a sample key was added twice")
+        self._keys.add(key)
+        places = {}
+        for extension, data in files.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(data)  # the other fields keep tarfile's constants: mtime, uid and gid are 0
+            padding = -len(data) % BLOCK
+            store.write_all(self._fd, info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(padding))
+            places[extension] = (self._offset + BLOCK, len(data))
+            self._offset += BLOCK + len(data) + padding
+        return places
+
+    def close(self) -> None:
+        """Write the end marker, fsync, close."""
+        store.write_all(self._fd, 2 * _ZERO)
+        store.OPS.fsync(self._fd)
+        self._release()
+
+    def _release(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._release()
+
+
+def list_members(path: str | Path) -> list[tuple[str, int, int]]:
+    """(name, offset of the data, size) of each member, in file order.
+
+    Raises ValueError for anything but a complete ustar of regular files; a tar cut at a member boundary,
+    which tar readers take for a shorter one, lacks its end marker and is refused too.
+    """
+    members = []
+    with open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        offset = 0
+        while True:
+            file.seek(offset)
+            header = file.read(BLOCK)
+            if len(header) < BLOCK:
+                raise ValueError("the tar is cut off: it has no end marker")
+            if header == _ZERO:
+                break
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+            except tarfile.TarError:
+                raise ValueError("the tar has a damaged header") from None
+            if not info.isreg():
+                raise ValueError("the tar holds something else than regular files")
+            members.append((info.name, offset + BLOCK, info.size))
+            offset += BLOCK + info.size + -info.size % BLOCK
+        if file.read(BLOCK) != _ZERO or offset + 2 * BLOCK != end:
+            raise ValueError("the tar is cut off or has something after its end marker")
+    return members
+
+
+class _Handle:
+    """An open file that closes with its last user: a thread may still read what the cache has dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class ShardReader:
+    """Reads encoded pixels by catalogue offset: one pread each, few open files, safe between threads."""
+
+    def __init__(self, root: str | Path, open_files: int = 64) -> None:
+        self._folder = Path(root) / "shards"
+        self._capacity = open_files
+        self._handles: OrderedDict[tuple[str, str], _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, modality: str, shard: str, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset` of a shard. Raises FileNotFoundError, or ValueError if it is too short."""
+        handle = self._handle(modality, shard)
+        data = os.pread(handle.fd, size, offset)
+        if len(data) != size:
+            raise ValueError(f"shard {shard} is shorter than its catalogue says: run ingest verify")
+        return data
+
+    def _handle(self, modality: str, shard: str) -> _Handle:
+        name = (modality, shard)
+        with self._lock:
+            handle = self._handles.get(name)
+            if handle is None:
+                handle = self._handles[name] = _Handle(self._folder / modality / shard)
+                if len(self._handles) > self._capacity:
+                    self._handles.popitem(last=False)
+            else:
+                self._handles.move_to_end(name)
+            return handle
+
+    def close(self) -> None:
+        """Let go of all files."""
+        with self._lock:
+            self._handles.clear()
