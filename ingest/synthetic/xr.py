@@ -1,0 +1,107 @@
+"""Chest radiographs: attenuation along the beam through ribs, lungs, heart and diaphragm."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from ingest.synthetic.fields import Image, Random, coordinates, ellipse, finding, noise, pick, ramp, streaks
+
+
+def radiographs(rng: Random, positive: bool, images: int) -> list[Image]:
+    """Exposures of one patient, [H, W] in [0, 1], larger = more attenuation; each has its own position."""
+    chest = _Chest.draw(rng)
+    seed = int(rng.integers(2**31))
+    return [_exposure(np.random.default_rng([seed, i]), chest, positive) for i in range(images)]
+
+
+@dataclass(frozen=True)
+class _Chest:
+    width: float
+    lung_height: float
+    lung_width: float
+    heart: float
+    ribs: float
+    rib_pitch: float
+    spine: float
+    burden: float
+    radius: float
+
+    @staticmethod
+    def draw(rng: Random) -> "_Chest":
+        u = rng.uniform
+        return _Chest(
+            width=u(0.85, 1.05),
+            lung_height=u(0.68, 0.82),
+            lung_width=u(0.3, 0.38),
+            heart=u(0.75, 1.25),
+            ribs=u(0.03, 0.09),
+            rib_pitch=u(0.17, 0.23),
+            spine=u(0.08, 0.2),
+            burden=u(0.035, 0.06),
+            radius=u(0.022, 0.036),
+        )
+
+
+def _exposure(rng: Random, chest: _Chest, positive: bool) -> Image:
+    width = int(rng.integers(112, 185))
+    shape = (int(width * rng.uniform(0.95, 1.15)), width)
+    y, x = coordinates(rng, shape, rng.uniform(-0.12, 0.12), 0.08, rng.uniform(0.88, 1.08), 0.02)
+    breath = rng.uniform(-0.08, 0.08)  # how deeply the patient breathed in
+    body = ellipse(y, x, (0.25, 0), (1.35, chest.width))
+    lungs = _lungs(y, x, chest, breath)
+    image = 0.62 * body - 0.34 * lungs
+    image += 0.1 * body * ellipse(y, x, (0.95, 0), (0.45, 0.9), edge=0.15)
+    heart = ellipse(y, x, (0.25 + breath, 0.14), (0.32 * chest.heart, 0.27 * chest.heart), 0.5, edge=0.06)
+    image += 0.2 * heart * (0.4 + 0.6 * lungs)
+    image += chest.spine * ramp((0.1 - np.abs(x)) / 0.04) * body
+    ribs = _ribs(y, x, chest)
+    image += chest.ribs * ribs * body
+    for side in (-1, 1):
+        image += 0.07 * ellipse(y, x, (-0.72 - 0.02 * side, side * 0.4), (0.03, 0.33), side * 0.25)
+    vessels = streaks(rng, shape, pick(rng, lungs * (np.abs(x) < 0.5), 10), 0.15 * width, 0.012 * width)
+    image += 0.06 * vessels * lungs
+    image += chest.burden * finding(rng, lungs, positive, 26, chest.radius * width)
+    return _film(rng, image.astype(np.float32), shape)
+
+
+def _lungs(y: Image, x: Image, chest: _Chest, breath: float) -> Image:
+    masks = [
+        ellipse(y, x, (-0.08, side * 0.42), (chest.lung_height, chest.lung_width), side * 0.12, edge=0.06)
+        * ramp((0.46 + 0.06 * side + breath - 0.35 * (np.abs(x) - 0.4) ** 2 - y) / 0.05)
+        for side in (-1, 1)
+    ]
+    return np.maximum(masks[0], masks[1])
+
+
+def _ribs(y: Image, x: Image, chest: _Chest) -> Image:
+    """Posterior ribs fall to the sides, anterior ones the other way."""
+    back = y - 0.45 * np.abs(x) ** 1.5
+    front = y + 0.75 * np.abs(x) - 0.35
+    bands = np.maximum(
+        np.cos(2 * np.pi * back / chest.rib_pitch) - 0.2,
+        0.6 * np.cos(2 * np.pi * front / (1.2 * chest.rib_pitch)) - 0.3,
+    )
+    cage = ellipse(y, x, (0.05, 0), (0.95, 0.86), edge=0.1) * ramp((np.abs(x) - 0.12) / 0.05)
+    return np.asarray(np.maximum(bands, 0) * cage, np.float32)
+
+
+def _film(rng: Random, image: Image, shape: tuple[int, int]) -> Image:
+    """Exposure, scatter, focal blur, quantum noise, and collimator shutters on some."""
+    image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.0))
+    image = image * (1 + 0.12 * noise(rng, shape, 0.5 * min(shape)))
+    image = np.clip(image, 0, None) ** rng.uniform(0.75, 1.35)
+    image = rng.uniform(0.55, 1.0) * image + rng.uniform(0.02, 0.2)
+    image = image + rng.uniform(0.004, 0.018) * noise(rng, shape, 0.4)
+    if rng.random() < 0.3:
+        edge = int(rng.integers(2, 7))
+        frame = np.zeros(shape, np.float32)
+        frame[edge:-edge, edge:-edge] = 1
+        image = image * frame + 0.97 * (1 - frame)
+    return np.asarray(np.clip(image, 0, 1), np.float32)
+
+
+def to_bits(image: Image, bits: int) -> NDArray[np.uint16]:
+    """[0, 1] to unsigned integers of `bits` bits."""
+    return np.asarray(np.round(image * (2**bits - 1)), np.uint16)
