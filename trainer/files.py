@@ -1,0 +1,74 @@
+"""Durable file operations: what a crash at any point may leave behind is decided here.
+
+Every change of the disk announces itself to `before` first, so that the crash tests can stop the process
+at the n-th one.
+"""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shards.errors import UserError
+
+
+def before(operation: str, path: Path) -> None:
+    """Called before each change of the disk; does nothing (the crash tests replace it)."""
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and fsync it."""
+    before("write", path)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        before("fsync", path)
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a directory, which makes the names in it durable."""
+    before("fsync", path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    before("rename", target)
+    source.rename(target)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Atomically replace (or create) a file: readers see the old or the new bytes, never a mixture."""
+    temporary = path.with_name(f"{path.name}.tmp-{new_attempt()}")
+    write_synced(temporary, data)
+    rename(temporary, path)
+    sync_folder(path.parent)
+
+
+def new_attempt() -> str:
+    """A name no other live attempt has."""
+    return os.urandom(6).hex()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def disk_full_is_clear(doing: str) -> Iterator[None]:
+    """Turn a full disk into one line that says what to do. Raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"disk full while {doing}: free some space and run the same command again; "
+                "the last complete checkpoint is kept"
+            ) from None
+        raise
