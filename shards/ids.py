@@ -63,13 +63,11 @@ class Pseudonymizer:
         """
         if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
             raise ValueError("split fractions must be non-negative and sum to 1")
-        bucket = int.from_bytes(self._hmac("split", self.site, patient)[:8], "big") / 2.0**64
+        bucket = (int.from_bytes(self._hmac("split", self.site, patient)[:8], "big") >> 11) / 2.0**53
         if bucket < fractions[0]:
             return Split.TRAIN.value
         # Compared from above, so that a fraction of 0 for the test split is exactly empty.
-        if bucket < 1 - fractions[2]:
-            return Split.VAL.value
-        return Split.TEST.value if fractions[2] > 0 else Split.VAL.value
+        return Split.VAL.value if bucket < 1 - fractions[2] else Split.TEST.value
 
     @property
     def key_id(self) -> str:

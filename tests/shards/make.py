@@ -12,7 +12,7 @@ from shards.schema import FORMAT_VERSION, Reason
 from shards.stats import pixel_digest, pixel_statistics
 from shards.store import Store
 
-PSEUDONYMS = Pseudonymizer(b"0123456789abcdef0123456789abcdef", "north")
+PSEUDONYMS = Pseudonymizer(b"0123456789abcdef0123456789abcdef", "south")
 DTYPES = {"ct": "int16", "xr": "uint16", "us": "uint8"}
 
 

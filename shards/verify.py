@@ -1,0 +1,215 @@
+"""Does a dataset hold what its commits say? Reads only; nothing is repaired here.
+
+Default: records, existence, sizes, tar index against catalogue against commit, keys and patients over all units.
+deep: also sha256 of every file, the rows inside the tars, and every image decoded and held to its digest.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shards.codec import get_codec
+from shards.commit import Commit, CommittedFile, committed_units, find_commit, orphans
+from shards.dataset import read_info
+from shards.schema import LOCATION_COLUMNS, QUARANTINE_SCHEMA, Row, catalog_schema
+from shards.stats import pixel_digest
+from shards.store import Store, file_sha256
+from shards.tar import list_members
+
+_SPLIT_SCHEMA = pa.schema([catalog_schema().field(name) for name in ("key", "patient", "split")])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault. code: closed vocabulary; path: the file, relative to the root; detail: numbers, keys."""
+
+    code: str
+    path: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.path}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was looked at and found. orphans are no problems: no reader sees them, sweep removes them."""
+
+    problems: tuple[Problem, ...]
+    units: int
+    samples: int
+    quarantined: int
+    inputs: int
+    size: int  # bytes of all committed files
+    orphans: tuple[str, ...]
+    deep: bool
+
+    @property
+    def clean(self) -> bool:
+        return not self.problems
+
+
+def verify(root: str | Path | Store, deep: bool = False, workers: int = 2) -> Report:
+    """Check every committed unit. Raises UserError where root is no dataset."""
+    store = root if isinstance(root, Store) else Store(root)
+    read_info(store)
+    commits, problems = _commits(store)
+    # A record that cannot be read may name any file: then nothing is known to be an orphan.
+    unclaimed = () if problems else tuple(orphans(store))
+    tables = []
+    with ThreadPoolExecutor(workers) as pool:
+        for found, table in pool.map(lambda commit: _unit(store, commit, deep), commits):
+            problems += found
+            tables.append(table)
+    problems += _across_units(pa.concat_tables([_SPLIT_SCHEMA.empty_table(), *tables]))
+    return Report(
+        problems=tuple(problems),
+        units=len(commits),
+        samples=sum(c.counts["samples"] for c in commits),
+        quarantined=sum(c.counts["quarantined"] for c in commits),
+        inputs=sum(c.counts["inputs"] for c in commits),
+        size=sum(f.size for c in commits for f in c.files()),
+        orphans=unclaimed,
+        deep=deep,
+    )
+
+
+def _commits(store: Store) -> tuple[list[Commit], list[Problem]]:
+    commits, problems = [], []
+    for unit in sorted(committed_units(store)):
+        try:
+            commit = find_commit(store, unit)
+        except ValueError:
+            problems.append(Problem("commit_damaged", f"commits/{unit}.json"))
+        else:
+            if commit is not None:
+                commits.append(commit)
+    return commits, problems
+
+
+def _unit(store: Store, commit: Commit, deep: bool) -> tuple[list[Problem], pa.Table]:
+    """The problems of one unit; its key, patient and split columns for the checks over all units."""
+    problems = [p for file in commit.files() if (p := _file(store, file, deep)) is not None]
+    broken = {p.path for p in problems if p.code == "file_missing"}
+    tables = [_SPLIT_SCHEMA.empty_table()]
+    for shard, catalog in zip(commit.shards, commit.catalogs, strict=False):
+        if catalog.path in broken:
+            continue
+        table = _table(store, catalog, catalog_schema(), problems)
+        if table is None:
+            continue
+        tables.append(table.select(_SPLIT_SCHEMA.names))
+        if shard.path not in broken:
+            problems += _shard(store, shard, table)
+            if deep:
+                problems += _contents(store, shard, table)
+    if commit.quarantine is not None and commit.quarantine.path not in broken:
+        _table(store, commit.quarantine, QUARANTINE_SCHEMA, problems)
+    problems += _counts(commit)
+    return problems, pa.concat_tables(tables)
+
+
+def _file(store: Store, file: CommittedFile, deep: bool) -> Problem | None:
+    if not store.exists(file.path):
+        return Problem("file_missing", file.path)
+    size = store.size(file.path)
+    if size != file.size:
+        return Problem("size_differs", file.path, f"{size} bytes, committed {file.size}")
+    if deep and file_sha256(store.local(file.path)) != file.sha256:
+        return Problem("sha256_differs", file.path)
+    return None
+
+
+def _counts(commit: Commit) -> list[Problem]:
+    samples = sum(shard.samples for shard in commit.shards)
+    refused = commit.quarantine.samples if commit.quarantine else 0
+    same_files = [(s.modality, s.samples) for s in commit.shards] == [
+        (c.modality, c.samples) for c in commit.catalogs
+    ]
+    if same_files and commit.counts["samples"] == samples and commit.counts["quarantined"] == refused:
+        return []
+    return [Problem("counts_differ", f"commits/{commit.unit}.json")]
+
+
+def _table(store: Store, file: CommittedFile, schema: pa.Schema, problems: list[Problem]) -> pa.Table | None:
+    """The table of a Parquet file, if it can be read and has the schema and rows that were committed."""
+    try:
+        table = pq.read_table(store.local(file.path), partitioning=None, use_threads=False)
+    except (pa.ArrowException, OSError):
+        problems.append(Problem("parquet_damaged", file.path))
+        return None
+    if not table.schema.equals(schema):
+        problems.append(Problem("schema_differs", file.path))
+        return None
+    if table.num_rows != file.samples:
+        problems.append(Problem("rows_differ", file.path, f"{table.num_rows} rows, committed {file.samples}"))
+    return table
+
+
+def _shard(store: Store, shard: CommittedFile, table: pa.Table) -> list[Problem]:
+    """Tar index against catalogue: the same samples, each where its row says, and nothing else."""
+    try:
+        members = list_members(store.local(shard.path))
+    except (ValueError, OSError) as error:
+        return [
+            Problem("tar_damaged", shard.path, str(error) if isinstance(error, ValueError) else "unreadable")
+        ]
+    problems = []
+    places = {name: (offset, size) for name, offset, size in members}
+    descriptions = sum(name.endswith(".json") for name in places)
+    if descriptions != shard.samples or len(members) != 2 * shard.samples:
+        detail = f"{len(members)} members, committed {shard.samples} samples of 2"
+        problems.append(Problem("tar_count_differs", shard.path, detail))
+    columns = ["key", "codec", "shard", "modality", "offset", "size"]
+    for row in table.select(columns).to_pylist():
+        place = places.get(f"{row['key']}.{get_codec(row['codec']).extension}")
+        same = place == (row["offset"], row["size"]) and f"{row['key']}.json" in places
+        if not same or (row["modality"], row["shard"]) != (shard.modality, shard.name):
+            problems.append(Problem("index_differs", shard.path, f"sample {row['key']}"))
+    return problems
+
+
+def _contents(store: Store, shard: CommittedFile, table: pa.Table) -> list[Problem]:
+    """Rows inside the tar against the catalogue, pixels against their digest."""
+    problems = []
+    try:
+        places = {name: place for name, *place in list_members(store.local(shard.path))}
+    except (ValueError, OSError):
+        return []  # reported by _shard
+    for row in table.to_pylist():
+        name = f"{row['key']}.json"
+        if name in places and not _same_row(store.read(shard.path, *places[name]), row):
+            problems.append(Problem("row_differs", shard.path, f"sample {row['key']}"))
+        data = store.read(shard.path, row["offset"], row["size"])
+        try:
+            pixels = get_codec(row["codec"]).decode(data)
+        except ValueError:
+            problems.append(Problem("decode_failed", shard.path, f"sample {row['key']}"))
+            continue
+        stored = (row["rows"], row["columns"], row["dtype"], row["pixel_digest"])
+        if (*pixels.shape, pixels.dtype.name, pixel_digest(pixels)) != stored:
+            problems.append(Problem("pixels_differ", shard.path, f"sample {row['key']}"))
+    return problems
+
+
+def _same_row(data: bytes, row: Row) -> bool:
+    try:
+        return json.loads(data) == {name: v for name, v in row.items() if name not in LOCATION_COLUMNS}
+    except ValueError:
+        return False
+
+
+def _across_units(table: pa.Table) -> list[Problem]:
+    """Each key once in the whole dataset; each patient in one split."""
+    keys = table.group_by("key").aggregate([("key", "count")])
+    repeated = keys.filter(pc.greater(keys["key_count"], 1))["key"].to_pylist()
+    patients = table.group_by("patient").aggregate([("split", "count_distinct")])
+    leaking = patients.filter(pc.greater(patients["split_count_distinct"], 1))["patient"].to_pylist()
+    return [Problem("key_repeated", "catalog", f"sample {key}") for key in sorted(repeated)] + [
+        Problem("patient_in_two_splits", "catalog", f"patient {p}") for p in sorted(leaking)
+    ]
