@@ -15,6 +15,7 @@ Promises, each with a test in tests/trainer/test_checkpoint.py:
 
 import errno
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from shards.errors import UserError
 from trainer import files
 from trainer.config import TrainConfig
 
+log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 TENSORS, STATE, MANIFEST, LATEST = "state.safetensors", "state.json", "manifest.json", "LATEST"
 _NAME = re.compile(r"step-(\d{8,})$")
@@ -108,8 +110,8 @@ def newest(run_dir: Path) -> Checkpoint | None:
     for step in reversed(steps):
         try:
             return load(run_dir, step)
-        except BrokenCheckpointError:
-            continue
+        except BrokenCheckpointError as error:
+            log.warning("checkpoint of step %d does not verify (%s): trying the one before", step, error)
     if steps:
         raise UserError(
             f"none of the {len(steps)} checkpoints of this run verifies: "

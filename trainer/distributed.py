@@ -1,0 +1,77 @@
+"""Ranks that agree: rank 0 decides and tells the others, as JSON (torch's object collectives are pickles)."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shards.errors import UserError
+
+
+class ReportedError(UserError):
+    """A mistake that rank 0 reports: the other ranks stop without another line."""
+
+
+def from_rank_zero(
+    decide: Callable[[], dict[str, Any]], *, rank: int, world: int, device: torch.device
+) -> dict[str, Any]:
+    """Run `decide` on rank 0 alone and give its JSON-like answer to every rank.
+
+    What a parallel file system shows may differ from rank to rank for a moment, so only one of them looks. A
+    UserError of rank 0 is raised on every rank (as ReportedError on the others).
+    """
+    if world == 1:
+        return decide()
+    failure: UserError | None = None
+    payload = b""
+    if rank == 0:
+        try:
+            payload = json.dumps({"answer": decide()}).encode()
+        except UserError as error:
+            failure = error
+            payload = json.dumps({"error": str(error)}).encode()
+    size = torch.tensor([len(payload)], dtype=torch.int64, device=device)
+    dist.broadcast(size, src=0)
+    buffer = torch.zeros(int(size.item()), dtype=torch.uint8, device=device)
+    if rank == 0:
+        buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    dist.broadcast(buffer, src=0)
+    if failure is not None:
+        raise failure
+    message = json.loads(bytes(buffer.cpu().tolist()))
+    if "error" in message:
+        raise ReportedError(message["error"])
+    return message["answer"]
+
+
+def mean_and_any(
+    values: list[float], flag: bool, *, world: int, device: torch.device
+) -> tuple[list[float], bool]:
+    """Mean of each value over the ranks, and whether the flag is set on any: one small all-reduce.
+
+    A value that is not finite on one rank is not finite in the mean.
+    """
+    if world == 1:
+        return values, flag
+    packed = torch.tensor([float(flag), *values], dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    total, *sums = packed.tolist()
+    return [value / world for value in sums], total > 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
+    """(rank, world) from torchrun's environment, with its process group open; (0, 1) without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        yield 0, 1
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method="env://")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,46 @@
+"""`RUN/metrics.jsonl`: one JSON object a step, written by rank 0, in step order, no step twice.
+
+`loss` is written with repr's digits, so it reads back as exactly the number that was computed.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from trainer import files
+
+
+def journal_path(run_dir: Path) -> Path:
+    return run_dir / "metrics.jsonl"
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """All complete lines; a last line that a crash cut off is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drop every line of `step` and later: they are computed again after a resume."""
+    kept = [row for row in read(path) if row["step"] < step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.replace_file(path, _lines(kept).encode())
+
+
+def append(path: Path, rows: Iterable[Mapping[str, float]]) -> None:
+    with files.disk_full_is_clear("writing metrics"), path.open("a") as file:
+        file.write(_lines(rows))
+
+
+def _lines(rows: Iterable[Mapping[str, float]]) -> str:
+    """JSON has no nan: a diagnostic that is not finite becomes null."""
+    clean = ({n: v if math.isfinite(v) else None for n, v in row.items()} for row in rows)
+    return "".join(json.dumps(row) + "\n" for row in clean)

@@ -1,0 +1,242 @@
+"""The training loop: (config, step, checkpoint) is all the state there is.
+
+`train` is the same under torchrun, under Ray Train and in a test. Every source of randomness is a function of
+(seed, sample, pass, crop), the learning rate one of the step, so a run that was interrupted anywhere gives
+the same losses, exactly on a CPU, as one that was not.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from trainer import checkpoint, journal
+from trainer.config import TrainConfig, check_world
+from trainer.distributed import from_rank_zero
+from trainer.export import encoder_info, save_encoder
+from trainer.meter import Meter, OnMetrics, not_finite
+from trainer.optim import build_optimizer
+from trainer.step import train_step, unwrap
+from trainer.swav.model import MultiModalSwav
+from trainer.swav.queue import FeatureQueue, build_queue, few_samples_warning
+
+if TYPE_CHECKING:
+    from trainer.batches import Batch
+
+log = logging.getLogger(__name__)
+NextBatch = Callable[[int], "Batch"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`step`: optimizer steps done so far; `losses`: of the steps of this call, from `started_at` on."""
+
+    step: int
+    finished: bool
+    started_at: int
+    losses: list[float] = field(default_factory=list)
+    was_complete: bool = False
+    encoder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change during a run."""
+
+    config: TrainConfig
+    folder: Path
+    dataset_fingerprint: str
+    rank: int
+    world: int
+    device: torch.device
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds, beside the step."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    queue: FeatureQueue | None
+
+
+def train(
+    config: TrainConfig,
+    next_batch: NextBatch,
+    run_dir: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    dataset_fingerprint: str,
+    on_metrics: OnMetrics | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainResult:
+    """Train from the newest checkpoint of `run_dir` that verifies to `config.max_steps`.
+
+    next_batch(step) gives this rank's part of that step's batch; steps are asked for in rising order. With
+    world > 1 torch.distributed is initialised. on_metrics is called on every rank, on logged steps, with
+    floats (`samples`: global images since the last call; seconds: means per step since then). When
+    should_stop() is true on any rank, all ranks stop after the same step, with a checkpoint. Rank 0 writes
+    metrics.jsonl, checkpoints/ and, at the end, encoder.safetensors. Raises UserError for a run folder of
+    another run, NotFiniteError.
+    """
+    check_world(config, world)
+    run = Run(config, Path(run_dir), dataset_fingerprint, rank, world, torch.device(device))
+    with fixed_compute(run):
+        state = build_state(run)
+        start = step = resume(run, state)
+        meter = Meter(config, run.folder, rank, world, run.device, on_metrics)
+        stopping = False
+        while step < config.max_steps and not stopping:
+            with meter.waiting():
+                batch = next_batch(step)
+            crops = to_device(run, batch)
+            metrics = train_step(
+                state.model, state.optimizer, state.queue, crops, step, config, autocast=uses_bf16(run)
+            )
+            meter.add(step, metrics)
+            step += 1
+            saving = step % config.checkpoint.every_steps == 0 or step == config.max_steps
+            if saving or meter.is_due(step):
+                stopping = meter.settle(should_stop is not None and should_stop())
+            if saving or stopping:
+                save(run, state, step)
+        finished = step >= config.max_steps
+        was_complete = start >= config.max_steps
+        encoder = export(run, state, step, again=not was_complete) if finished else None
+    return TrainResult(step, finished, start, meter.losses, was_complete=was_complete, encoder=encoder)
+
+
+def build_state(run: Run) -> TrainState:
+    """Model, optimizer and queue before the first step: a function of config.seed."""
+    config = run.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model: nn.Module = MultiModalSwav(config.model, config.swav, config.data.modalities)
+    on_gpu = run.device.type == "cuda"
+    model.to(run.device).train()
+    if on_gpu:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(model, config.optim)
+    if run.world > 1:
+        model = DistributedDataParallel(
+            model,
+            device_ids=[run.device] if on_gpu else None,
+            # Running batch statistics play no part in training; rank 0's are saved. Gradients are summed in
+            # buckets whose layout DDP changes after its first step, unless it looks for unused parameters:
+            # with three ranks or more that would move the last bits of the step after a resume.
+            broadcast_buffers=False,
+            find_unused_parameters=not on_gpu,
+        )
+    return TrainState(model, optimizer, build_queue(config, run.device))
+
+
+def resume(run: Run, state: TrainState) -> int:
+    """Load the newest good checkpoint into `state`; the number of steps that are done. Rank 0 decides."""
+
+    def decide() -> dict[str, Any]:
+        checkpoint.sweep(run.folder)
+        found = checkpoint.newest(run.folder)
+        if found is not None:
+            checkpoint.check_same_run(found.state, run.config, run.dataset_fingerprint)
+        step = 0 if found is None else found.step
+        if step < run.config.max_steps and (warning := few_samples_warning(run.config)):
+            log.warning("%s", warning)
+        journal.truncate(journal.journal_path(run.folder), step)
+        return {"step": step}
+
+    step = int(from_rank_zero(decide, rank=run.rank, world=run.world, device=run.device)["step"])
+    if step > 0:
+        found = checkpoint.load(run.folder, step)
+        unwrap(state.model).load_state_dict(found.part("model"))
+        checkpoint.restore_optimizer(state.optimizer, found.part("optimizer"))
+        if state.queue is not None:
+            state.queue.load_state_dict(found.part("queue"))
+    return step
+
+
+def save(run: Run, state: TrainState, step: int) -> None:
+    """Rank 0 writes checkpoint `step`. Raises NotFiniteError, on every rank, before a bad weight is saved."""
+    model = unwrap(state.model)
+    good = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    if not bool(good):
+        raise not_finite("a weight", step - 1, run.folder)
+    if run.rank != 0:
+        return
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    optimizer = checkpoint.optimizer_tensors(state.optimizer)
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
+    if state.queue is not None:
+        tensors |= {f"queue.{name}": value for name, value in state.queue.state_dict().items()}
+    about = {
+        "config": run.config.model_dump(mode="json"),
+        "dataset_fingerprint": run.dataset_fingerprint,
+        "world": run.world,
+        "torch": torch.__version__,
+    }
+    checkpoint.save(run.folder, step, tensors, about, keep=run.config.checkpoint.keep)
+
+
+def export(run: Run, state: TrainState, step: int, *, again: bool) -> Path:
+    """Rank 0 writes RUN/encoder.safetensors (`again`: even if it is there); all ranks return when it is."""
+    path = run.folder / "encoder.safetensors"
+
+    def write() -> dict[str, Any]:
+        if again or not path.is_file():
+            info = encoder_info(run.config, step, run.dataset_fingerprint)
+            save_encoder(path, unwrap(state.model).backbone, info)
+        return {}
+
+    from_rank_zero(write, rank=run.rank, world=run.world, device=run.device)
+    return path
+
+
+def to_device(run: Run, batch: "Batch") -> list[Tensor]:
+    """A batch's crops, each uint8 [count, n, C, S, S] on the device. Raises ValueError for another shape."""
+    config = run.config
+    n = config.data.batch_size // run.world
+    expected = [(group.count, n, group.size, group.size) for group in config.views.crops]
+    if [crop.shape for crop in batch.crops] != expected or batch.modalities != config.data.modalities:
+        raise ValueError(f"batch {batch.step} is not as configured: {[c.shape for c in batch.crops]}")
+    crops = []
+    for array in batch.crops:
+        crop = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        if run.device.type == "cuda":
+            crop = crop.pin_memory().to(run.device, non_blocking=True)
+        crops.append(crop.unsqueeze(2).expand(-1, -1, config.model.in_channels, -1, -1))
+    return crops
+
+
+def uses_bf16(run: Run) -> bool:
+    precision = run.config.precision
+    return precision == "bf16" or (precision == "auto" and run.device.type == "cuda")
+
+
+@contextmanager
+def fixed_compute(run: Run) -> Iterator[None]:
+    """On a CPU: config.threads threads and deterministic kernels only, because both decide the last bits."""
+    if run.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        yield
+        return
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    debugging: Any = torch.utils.deterministic
+    fills = debugging.fill_uninitialized_memory
+    torch.set_num_threads(run.config.threads)
+    torch.use_deterministic_algorithms(True)
+    debugging.fill_uninitialized_memory = False  # costs time and changes no result of ours
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        debugging.fill_uninitialized_memory = fills
