@@ -45,6 +45,7 @@ class DataConfig(_Strict):
     split: Literal["train", "val", "test", "all"] = "train"
     batch_size: int = Field(default=32, gt=0)
     intensity: dict[str, IntensityConfig] = {"ct": IntensityConfig(mode="recorded")}
+    cache_bytes: int = Field(default=256 << 20, ge=0)  # decoded images and their bands, per worker process
 
     @property
     def per_modality(self) -> int:
@@ -73,6 +74,12 @@ class CropConfig(_Strict):
     size: int = Field(gt=0)  # px, square
     share: Range = (0.14, 1.0)
 
+    @model_validator(mode="after")
+    def _share_is_a_fraction(self) -> "CropConfig":
+        if not 0 < self.share[0] <= self.share[1] <= 1:
+            raise ValueError(f"share={list(self.share)} must be a rising range of fractions above 0, up to 1")
+        return self
+
 
 class ViewConfig(_Strict):
     """Multi-crop and the five augmentations, in their order: rescale, energy, gamma, linear, crop
@@ -94,6 +101,19 @@ class ViewConfig(_Strict):
     linear_gain: Range = (0.9, 1.1)
     linear_offset: Range = (-0.2, 0.2)
     band_statistics: str | None = None  # file of `medswav fit-bands`; None: RUN/bands.json, fitted at start
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ViewConfig":
+        if not all(0 <= b < 0.5 for b in self.border):
+            raise ValueError(f"border={list(self.border)} must be fractions below 0.5 of each side")
+        for low, high in (self.default_size_range, *self.size_range.values()):
+            if not 1 <= low <= high:
+                raise ValueError("size ranges must be rising ranges of pixels, from 1 on")
+        if not self.crops:
+            raise ValueError("crops must name at least one group")
+        if not 1 <= len(self.sigmas) <= 16 or not all(sigma > 0 for sigma in self.sigmas):
+            raise ValueError("sigmas must be 1 to 16 positive numbers of pixels")
+        return self
 
     @property
     def n_crops(self) -> int:

@@ -123,15 +123,25 @@ def build_pyramid(image: Image, sigmas: Sequence[float]) -> Pyramid:
     )
 
 
-def reconstruct(pyramid: Pyramid, gains: NDArray[np.float64], window: Window) -> Image:
-    """sum_i lambda_i I_i inside a window of the image, f32[y1 - y0, x1 - x0].
+def level_weights(pyramid: Pyramid, references: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights f64[V, n + 2] that turn e_ref f64[V, n + 1] into sum_i lambda_i I_i = sum_k w_k G_k + w_{n+1}.
 
-    In terms of the levels this is sum_k (lambda_k - lambda_{k-1}) G_k + (1 - lambda_n) mean, summed from
-    coarse to fine, each level only where the window needs it.
+    w_k = lambda_k - lambda_{k-1}; the last one keeps the DC: (1 - lambda_n) times the mean.
+    """
+    gains = band_gains(pyramid.energies, references)
+    weights = np.empty((len(gains), gains.shape[1] + 1))
+    weights[:, 0] = gains[:, 0]
+    weights[:, 1:-1] = gains[:, 1:] - gains[:, :-1]
+    weights[:, -1] = (1 - gains[:, -1]) * pyramid.mean
+    return weights
+
+
+def reconstruct(pyramid: Pyramid, weights: Sequence[float], window: Window) -> Image:
+    """sum_k w_k G_k + w_{n+1} inside a window of the image, f32[y1 - y0, x1 - x0].
+
+    From coarse to fine, each level only where the window needs it.
     """
     levels, steps = pyramid.levels, pyramid.steps
-    weights = np.diff(gains, prepend=0.0).tolist()
-    constant = (1 - float(gains[-1])) * pyramid.mean
     windows = [window]
     for k in range(1, len(levels)):
         windows.append(windows[-1] if steps[k] == steps[k - 1] else _coarser(windows[-1], levels[k].shape))
@@ -140,7 +150,7 @@ def reconstruct(pyramid: Pyramid, gains: NDArray[np.float64], window: Window) ->
         a, b, c, d = windows[k]
         part = levels[k][a:b, c:d]
         if total is None:
-            total = cv2.addWeighted(part, weights[k], part, 0.0, constant)
+            total = cv2.addWeighted(part, weights[k], part, 0.0, weights[-1])
             continue
         if steps[k] != steps[k + 1]:
             total = _finer(total, windows[k + 1], windows[k])

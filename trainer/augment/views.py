@@ -68,7 +68,8 @@ def make_views(
     bands: reference energies; None only with energy_probability 0 (ValueError otherwise). key: (seed, sample,
     pass). size_range: px, geometry `paper`; default `views.default_size_range`.
     """
-    return views_of(prepare(image, views, bands is not None, size_range), views, bands, key, size_range)
+    with_bands = bands is not None and views.energy_probability > 0
+    return views_of(prepare(image, views, with_bands, size_range), views, bands, key, size_range)
 
 
 def prepare(
@@ -80,7 +81,6 @@ def prepare(
     if scale < 1:
         rows, columns = max(round(shape[0] * scale), 1), max(round(shape[1] * scale), 1)
         image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA)
-    with_bands = with_bands and views.energy_probability > 0
     return Prepared(band.build_pyramid(image, views.sigmas) if with_bands else band.plain(image), shape)
 
 
@@ -93,18 +93,16 @@ def views_of(
 ) -> list[NDArray[np.uint8]]:
     """`make_views` from a prepared image."""
     draws = draw(prepared.shape, views, bands, key, size_range)
-    gains = None
+    weights: list[list[float]] = []
     if draws.references is not None:
-        gains = band.band_gains(prepared.pyramid.energies, draws.references)
+        weights = band.level_weights(prepared.pyramid, draws.references).tolist()
     groups: list[NDArray[np.uint8]] = []
     v = 0
     for group in views.crops:
         stack = np.empty((group.count, group.size, group.size), np.float32)
         for out in stack:
-            on = gains is not None and draws.energy_on[v]
-            _render(
-                prepared.pyramid, gains[v] if on and gains is not None else None, draws.placements[v], out
-            )
+            own = weights[v] if weights and draws.energy_on[v] else None
+            _render(prepared.pyramid, own, draws.placements[v], out)
             v += 1
         part = slice(v - group.count, v)
         groups.append(apply_intensity(stack, draws.gamma[part], draws.gain[part], draws.offset[part]))
@@ -181,7 +179,7 @@ def rescale(image: Image, rows: int, columns: int) -> Image:
     return cv2.warpAffine(image, matrix, (columns, rows), flags=_WARP, borderMode=_BORDER)
 
 
-def _render(pyramid: Pyramid, gains: NDArray[np.float64] | None, place: Placement, out: Image) -> None:
+def _render(pyramid: Pyramid, weights: list[float] | None, place: Placement, out: Image) -> None:
     """One crop into out f32[size, size], before gamma and linear: only its own window is touched."""
     height, width = pyramid.shape
     fy, fx = height / place.rows, width / place.columns
@@ -190,10 +188,10 @@ def _render(pyramid: Pyramid, gains: NDArray[np.float64] | None, place: Placemen
     top, left = (place.y + 0.5) * fy - 0.5, (place.x + 0.5) * fx - 0.5  # source position of output pixel 0
     y0, y1 = _span(top, fy, place.size, margin, height)
     x0, x1 = _span(left, fx, place.size, margin, width)
-    if gains is None:
+    if weights is None:
         part = pyramid.levels[0][y0:y1, x0:x1]
     else:
-        part = band.reconstruct(pyramid, gains, (y0, y1, x0, x1))
+        part = band.reconstruct(pyramid, weights, (y0, y1, x0, x1))
     if kernel is not None:
         part = cv2.sepFilter2D(part, cv2.CV_32F, kernel, kernel, borderType=_BORDER | cv2.BORDER_ISOLATED)
     matrix = np.array([[fx, 0, left - x0], [0, fy, top - y0]])

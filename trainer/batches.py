@@ -1,0 +1,302 @@
+"""Batches from a dataset: which samples make a step's batch, and the batch itself. No torch.
+
+A batch is a pure function of (configuration, dataset, band statistics, step, rank, world): any process can
+make any batch, and its bytes depend on neither the process, nor the order of calls, nor the cache.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from shards import catalog
+from shards.codec import MAXIMUM_REDUCE, Codec, get_codec
+from shards.errors import UserError
+from shards.order import sample_at
+from shards.tar import ShardReader
+from trainer.augment import crops, views
+from trainer.augment.bands import BandStatistics, Pyramid, fit_statistics
+from trainer.augment.intensity import to_unit
+from trainer.augment.views import Prepared
+from trainer.config import DataConfig, IntensityConfig, Range, TrainConfig, ViewConfig, check_world
+
+REFERENCE_IMAGES = 1000  # R of the paper: images that the band statistics are fitted to
+
+_LOCATION = ("key", "shard", "offset", "size", "codec", "rows", "columns")
+_INTENSITY = ("window_center", "window_width", "window_function", "p005", "p995", "minimum", "maximum")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The part of one step's batch that one rank holds.
+
+    crops: a uint8 array [count, n, size, size] for each group of crops; n = M * b images, modality-major:
+    the first b belong to modalities[0]. keys, passes: [n]. seconds: spent in read, decode, augment.
+    """
+
+    step: int
+    crops: tuple[NDArray[np.uint8], ...]
+    modalities: tuple[str, ...]
+    keys: tuple[str, ...]
+    passes: tuple[int, ...]
+    seconds: dict[str, float]
+
+
+def plan_batch(
+    step: int, counts: Mapping[str, int], data: DataConfig, seed: int, rank: int, world: int
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """{modality: (catalogue indices, pass numbers)}, each int64[B / (M * world)], of a rank's part of a step.
+
+    Step t takes draws [t * B/M, (t + 1) * B/M) of every modality, whatever the world size; rank r holds the
+    r-th contiguous part of them. counts: samples of each modality. Raises ValueError for a world size that
+    does not divide B/M (check_world tells the user).
+    """
+    share, rest = divmod(data.per_modality, world)
+    if rest or not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world} cannot hold an equal part of {data.per_modality} images")
+    first = step * data.per_modality + rank * share
+    draws = np.arange(first, first + share, dtype=np.int64)
+    return {m: sample_at(draws, counts[m], seed, m) for m in data.modalities}
+
+
+def choose_reduce(shape: tuple[int, int], config: ViewConfig, size_range: Range) -> int:
+    """How many resolution levels (halvings) decoding may leave out: as many as still give the pixels that
+    the finest view of an image of `shape` needs."""
+    scale, reduce = crops.finest_scale(shape, config, size_range), 0
+    while reduce < MAXIMUM_REDUCE and 0.5 ** (reduce + 1) >= scale:
+        reduce += 1
+    return reduce
+
+
+class BatchMaker:
+    """step -> Batch for one rank; the dataset is opened at the first batch, so that making one is cheap.
+
+    bands: {modality: BandStatistics}, needed unless views.energy_probability is 0. data.cache_bytes of
+    decoded images with their bands are kept: the first ones that come, none is ever evicted, because under
+    a fresh permutation each pass that hits more often than dropping the least recently used.
+    Raises UserError: a world size that cannot be served, no samples of a modality, missing statistics.
+    """
+
+    def __init__(
+        self, config: TrainConfig, rank: int, world: int, bands: Mapping[str, BandStatistics] | None
+    ) -> None:
+        check_world(config, world)
+        self._config, self._rank, self._world = config, rank, world
+        self._bands = _checked_bands(config, bands)
+        self._opened: dict[str, Modality] | None = None
+        self._reader: ShardReader | None = None
+        self._cache: dict[tuple[str, int], Prepared] = {}
+        self._cached_bytes = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples of each modality in the configured split."""
+        return {name: len(m) for name, m in self._modalities().items()}
+
+    def __call__(self, step: int) -> Batch:
+        modalities, config = self._modalities(), self._config
+        plan = plan_batch(step, self.counts, config.data, config.seed, self._rank, self._world)
+        seconds = {"read": 0.0, "decode": 0.0, "augment": 0.0}
+        n = sum(len(index) for index, _ in plan.values())
+        stacks = tuple(np.empty((c.count, n, c.size, c.size), np.uint8) for c in config.views.crops)
+        keys: list[str] = []
+        passes: list[int] = []
+        for name in config.data.modalities:
+            modality, bands, size_range = modalities[name], self._bands.get(name), _size_range(config, name)
+            for index, number in zip(plan[name][0].tolist(), plan[name][1].tolist(), strict=True):
+                prepared = self._prepared(modality, index, seconds)
+                began = time.perf_counter()
+                key = modality.key(index)
+                random_key = (config.seed, _number(key), number)
+                groups = views.views_of(prepared, config.views, bands, random_key, size_range)
+                for stack, group in zip(stacks, groups, strict=True):
+                    stack[:, len(keys)] = group
+                keys.append(key)
+                passes.append(number)
+                seconds["augment"] += time.perf_counter() - began
+        return Batch(step, stacks, config.data.modalities, tuple(keys), tuple(passes), seconds)
+
+    def _modalities(self) -> dict[str, "Modality"]:
+        if self._opened is None:
+            cv2.setNumThreads(1)  # a batch is made by one thread; the cores belong to other workers
+            data = self._config.data
+            self._opened = {m: open_modality(data, m) for m in data.modalities}
+            self._reader = ShardReader(data.dataset)
+        return self._opened
+
+    def _prepared(self, modality: "Modality", index: int, seconds: dict[str, float]) -> Prepared:
+        cached = self._cache.get((modality.name, index))
+        if cached is not None:
+            return cached
+        assert self._reader is not None
+        prepared = _prepare(self._config, modality, index, self._reader, seconds)
+        if self._cached_bytes + prepared.nbytes <= self._config.data.cache_bytes:
+            self._cache[modality.name, index] = prepared
+            self._cached_bytes += prepared.nbytes
+        return prepared
+
+
+@dataclass(frozen=True)
+class Modality:
+    """The catalogue rows of one modality that are to be read, sorted by key; the index is the row number."""
+
+    name: str
+    table: pa.Table
+    _columns: dict[str, pa.Array] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def key(self, index: int) -> str:
+        return str(self._column("key")[index].as_py())
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Location and intensity columns of one sample."""
+        return {name: self._column(name)[index].as_py() for name in (*_LOCATION, *_INTENSITY)}
+
+    def _column(self, name: str) -> pa.Array:
+        if name not in self._columns:
+            self._columns[name] = self.table[name].combine_chunks()
+        return self._columns[name]
+
+
+def open_modality(data: DataConfig, name: str) -> Modality:
+    """The rows of a modality in the configured split. Raises UserError when there is none."""
+    split = None if data.split == "all" else data.split
+    modality = Modality(name, catalog.load(data.dataset, name, [*_LOCATION, *_INTENSITY], split))
+    if not len(modality):
+        there = ", ".join(m for m, n in catalog.counts(data.dataset).items() if sum(n.values())) or "none"
+        raise UserError(
+            f"the dataset has no {name} images in split {data.split} (modalities there: {there}): "
+            f"set data.modalities or data.split to what it holds"
+        )
+    return modality
+
+
+def fit_bands(config: TrainConfig, limit: int = REFERENCE_IMAGES) -> dict[str, BandStatistics]:
+    """Band statistics of every modality from `limit` images spread over the split, or all there are.
+
+    The images are brought to the same working resolution as in training (views.prepare). Raises UserError.
+    """
+    cv2.setNumThreads(1)
+    reader = ShardReader(config.data.dataset)
+    statistics = {}
+    for name in config.data.modalities:
+        modality = open_modality(config.data, name)
+        n = min(limit, len(modality))
+        # Keys are keyed hashes: evenly spaced rows of the sorted catalogue are a random sample.
+        chosen = [i * len(modality) // n for i in range(n)]
+        statistics[name] = fit_statistics(_pyramids(config, modality, chosen, reader), config.views.sigmas)
+    return statistics
+
+
+def eval_images(
+    root: str,
+    modality: str,
+    size: int,
+    intensity: IntensityConfig | Mapping[str, IntensityConfig],
+    split: str | None = None,
+) -> tuple[tuple[str, ...], NDArray[np.float32], pa.Table]:
+    """Whole images for probes, sorted by key: keys, f32[n, 1, size, size] in [0, 1], catalogue rows.
+
+    Each image is shrunk by area averaging (or enlarged linearly) until its longer side is `size`, and centred
+    on black: the aspect is kept and nothing is cut off. intensity: of the modality, or data.intensity.
+    """
+    own = intensity if isinstance(intensity, IntensityConfig) else intensity.get(modality, IntensityConfig())
+    table = catalog.load(root, modality, split=split)
+    rows = Modality(modality, table)
+    reader = ShardReader(root)
+    images = np.zeros((len(rows), 1, size, size), np.float32)
+    for i in range(len(rows)):
+        row = rows.row(i)
+        longer, reduce = max(row["rows"], row["columns"]), 0
+        while reduce < MAXIMUM_REDUCE and longer >> (reduce + 1) >= size:
+            reduce += 1
+        image = to_unit(_decode(_read(reader, modality, row), row, reduce), row, own)
+        scale = size / max(image.shape)
+        height, width = (min(max(round(s * scale), 1), size) for s in image.shape)
+        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        y, x = (size - height) // 2, (size - width) // 2
+        images[i, 0, y : y + height, x : x + width] = cv2.resize(image, (width, height), interpolation=method)
+    return tuple(table["key"].to_pylist()), images, table
+
+
+def _pyramids(
+    config: TrainConfig, modality: Modality, indices: list[int], reader: ShardReader
+) -> Iterator[Pyramid]:
+    seconds = {"read": 0.0, "decode": 0.0, "augment": 0.0}
+    for index in indices:
+        yield _prepare(config, modality, index, reader, seconds, with_bands=True).pyramid
+
+
+def _prepare(
+    config: TrainConfig,
+    modality: Modality,
+    index: int,
+    reader: ShardReader,
+    seconds: dict[str, float],
+    with_bands: bool | None = None,
+) -> Prepared:
+    """One sample read, decoded no further than its views need, and split into bands."""
+    row = modality.row(index)
+    size_range = _size_range(config, modality.name)
+    began = time.perf_counter()
+    data = _read(reader, modality.name, row)
+    read = time.perf_counter()
+    pixels = _decode(data, row, choose_reduce((row["rows"], row["columns"]), config.views, size_range))
+    decoded = time.perf_counter()
+    intensity = config.data.intensity.get(modality.name, IntensityConfig())
+    if with_bands is None:
+        with_bands = config.views.energy_probability > 0
+    prepared = views.prepare(to_unit(pixels, row, intensity), config.views, with_bands, size_range)
+    seconds["read"] += read - began
+    seconds["decode"] += decoded - read
+    seconds["augment"] += time.perf_counter() - decoded
+    return prepared
+
+
+def _read(reader: ShardReader, modality: str, row: Mapping[str, Any]) -> bytes:
+    try:
+        return reader.read(modality, row["shard"], row["offset"], row["size"])
+    except FileNotFoundError:
+        raise UserError(f"shard {row['shard']} is missing: run ingest verify on the dataset") from None
+
+
+def _decode(data: bytes, row: Mapping[str, Any], reduce: int) -> NDArray:
+    codec: Codec = get_codec(row["codec"])
+    return codec.decode(data, reduce)
+
+
+def _size_range(config: TrainConfig, modality: str) -> Range:
+    return config.views.size_range.get(modality, config.views.default_size_range)
+
+
+def _number(key: str) -> int:
+    """64 bits of a sample key: the sample's own random numbers, whatever else the dataset holds."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def _checked_bands(
+    config: TrainConfig, bands: Mapping[str, BandStatistics] | None
+) -> dict[str, BandStatistics]:
+    if config.views.energy_probability == 0:
+        return {}
+    for name in config.data.modalities:
+        if bands is None or name not in bands:
+            raise UserError(
+                f"the energy augmentation needs band statistics of {name}: write them with "
+                "medswav fit-bands, or set views.energy_probability=0"
+            )
+        if bands[name].sigmas != config.views.sigmas:
+            raise UserError(
+                f"the band statistics of {name} were fitted with sigmas {list(bands[name].sigmas)}, "
+                f"views.sigmas is {list(config.views.sigmas)}: run medswav fit-bands again"
+            )
+    assert bands is not None
+    return {name: bands[name] for name in config.data.modalities}
