@@ -270,8 +270,8 @@ def _read_commit(store: Store, unit: str) -> Commit:
         commit = Commit(**values)
     except (KeyError, TypeError) as error:
         raise ValueError("a damaged commit record") from error
-    if commit.unit != unit:
-        raise ValueError("a commit record under a wrong name")
+    if commit.unit != unit or not {"samples", "quarantined", "inputs"} <= commit.counts.keys():
+        raise ValueError("a commit record under a wrong name, or without its counts")
     return commit
 
 

@@ -1,6 +1,6 @@
 """Does a dataset hold what its commits say? Reads only; nothing is repaired here.
 
-Default: records, existence, sizes, tar index against catalogue against commit, keys and patients over all units.
+Default: records, existence, sizes, tar index against catalogue and commit, keys and patients over all units.
 deep: also sha256 of every file, the rows inside the tars, and every image decoded and held to its digest.
 """
 
