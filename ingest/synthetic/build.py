@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -92,7 +92,7 @@ def _write_tables(folder: Path, files: list[ManifestFile]) -> None:
     (folder / IMAGES).write_text(_csv(("file", "modality", "patient", "label"), pictures))
 
 
-def _csv(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def _csv(names: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)

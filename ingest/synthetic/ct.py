@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ingest.synthetic.fields import Image, Random, coordinates, ellipse, finding, noise, pick, streaks
+from ingest.synthetic.fields import Image, Random, blur, coordinates, ellipse, finding, noise, pick, streaks
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _slice(
     )
     lungs = lungs * (1 - heart) * muscle
 
-    hu = -1000 + skin * (900 + 15 * noise(rng, shape, 2.0))
+    hu: Image = -1000 + skin * (900 + 15 * noise(rng, shape, 2.0))
     hu += muscle * (150 + 8 * noise(rng, shape, 3.0))
     hu += heart * muscle * body.contrast_hu * 0.8
     hu += ellipse(y, x, (0.25, 0.07), (0.065, 0.065)) * body.contrast_hu
@@ -99,7 +98,7 @@ def _slice(
     hu += 260 * vessels * lungs
     hu += body.burden * finding(rng, lungs, positive, 26, body.radius * shape[0])
     hu += ellipse(y, x, (0.93, 0), (0.02, 0.8)) * 250  # the table
-    hu = cv2.GaussianBlur(hu.astype(np.float32), (0, 0), body.kernel)
+    hu = blur(hu, body.kernel)
     return np.asarray(hu + body.noise_hu * noise(rng, shape, 0.7 * body.kernel), np.float32)
 
 

@@ -4,11 +4,13 @@ Everything is a pure function of a numpy Generator and works on float32 arrays i
 lengths called `share` are fractions of the shorter image side, so that a shape does not depend on the size.
 """
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.float32]
+Image = NDArray[np.floating[Any]]  # float32
 Random = np.random.Generator
 
 
@@ -16,11 +18,11 @@ def noise(rng: Random, shape: tuple[int, int], sigma: float) -> Image:
     """Zero-mean, unit-variance Gaussian noise [H, W], correlated over `sigma` px."""
     step = max(1, int(sigma / 1.5))  # coarse noise is drawn on a coarse grid and enlarged: cheap at any sigma
     height, width = (-(-side // step) + 4 for side in shape)
-    field = rng.standard_normal((height, width), dtype=np.float32)
+    field: Image = rng.standard_normal((height, width), dtype=np.float32)
     if sigma > 0.2:
-        field = cv2.GaussianBlur(field, (0, 0), max(sigma / step, 0.3))
+        field = _float(cv2.GaussianBlur(field, (0, 0), max(sigma / step, 0.3)))
     if step > 1:
-        field = cv2.resize(field, (width * step, height * step), interpolation=cv2.INTER_CUBIC)
+        field = _float(cv2.resize(field, (width * step, height * step), interpolation=cv2.INTER_CUBIC))
     field = field[: shape[0], : shape[1]]
     return np.asarray((field - field.mean()) / (field.std() + 1e-6), dtype=np.float32)
 
@@ -109,7 +111,7 @@ def streaks(
     width: float,
     turn: float | None = None,
 ) -> Image:
-    """Bent lines through the points, [H, W] in [0, 1]; length and width in px; turn (rad) or any direction."""
+    """Bent lines through the points, [H, W] in [0, 1]; length, width in px; turn in rad, or any direction."""
     canvas = np.zeros(shape, np.float32)
     for row, column in points:
         angle = rng.uniform(0, np.pi) if turn is None else turn + rng.normal(0, 0.25)
@@ -141,6 +143,16 @@ def finding(
     strands = streaks(rng, shape, points[count:], 7.0 * radius, 0.9 * radius)
     main, other = (foci, strands) if positive else (strands, foci)
     return _standard(_standard(main, region) + mix * _standard(other, region), region)
+
+
+def blur(image: Image, sigma: float) -> Image:
+    """Gaussian blur; sigma in px."""
+    return _float(cv2.GaussianBlur(image.astype(np.float32), (0, 0), sigma))
+
+
+def _float(array: Any) -> Image:
+    """OpenCV gives no precise type."""
+    return np.asarray(array, dtype=np.float32)
 
 
 def _standard(field: Image, region: Image) -> Image:

@@ -10,8 +10,8 @@ from pydicom.uid import UID
 from ingest.synthetic.fields import Random
 
 _FAMILY = (
-    "Quillfeather", "Brambleworth", "Zandervliet", "Okonkwofield", "Harrowgatesen", "Lindqvistova", "Mbekiwright",
-    "Tanakamura", "Osterhausen", "Vasquezian", "Featherstonehaugh", "Krzyzanowiak",
+    "Quillfeather", "Brambleworth", "Zandervliet", "Okonkwofield", "Harrowgatesen", "Lindqvistova",
+    "Mbekiwright", "Tanakamura", "Osterhausen", "Vasquezian", "Featherstonehaugh", "Krzyzanowiak",
 )  # fmt: skip
 _GIVEN = (
     "Marianne", "Theobald", "Ingeborg", "Casimir", "Yevgenia", "Bartholomew", "Shirin", "Anselmo", "Philippa",

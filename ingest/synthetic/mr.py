@@ -1,6 +1,8 @@
 """Head MR: skull, ventricles, grey and white matter at two echoes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,9 +95,9 @@ def _slice(
     white = ramp((0.8 - radius + 1.5 * brain.folds * folds) / 0.06) * (
         1 - ellipse(y, x, (0, 0), (high, 0.012))
     )
-    deep = sum_of(ellipse(y, x, (0.02, s * 0.2), (0.16, 0.08), s * 0.3) for s in (-1, 1))
+    deep = _union(ellipse(y, x, (0.02, s * 0.2), (0.16, 0.08), s * 0.3) for s in (-1, 1))
     grow = brain.ventricle * (1 - 0.3 * abs(level))
-    fluid = sum_of(
+    fluid = _union(
         ellipse(y, x, (cy, s * 0.09), (0.2 * grow, 0.055 * grow), s * t)
         for s in (-1, 1)
         for cy, t in ((-0.17, 0.35), (0.2, -0.45))
@@ -143,11 +145,5 @@ def _echo(
     return np.asarray(np.hypot(np.maximum(real, 0), imaginary), np.float32)
 
 
-def sum_of(parts: "object") -> Image:
-    """The union of soft masks."""
-    total: Image | None = None
-    for part in parts:  # type: ignore[attr-defined]
-        total = part if total is None else np.maximum(total, part)
-    if total is None:
-        raise ValueError("no part to sum")
-    return total
+def _union(parts: Iterable[Image]) -> Image:
+    return reduce(np.maximum, parts)

@@ -36,7 +36,7 @@ _FOLDER = "other"
 def write_refused(
     folder: Path, seed: int, twin_of: ManifestFile | None
 ) -> tuple[list[ManifestFile], tuple[str, ...]]:
-    """Write them below folder/other; `twin_of`: the accepted file to copy. Returns the files and the identities."""
+    """Write them below folder/other; `twin_of`: the accepted file to copy. Returns files and identities."""
     rng = np.random.default_rng([seed, 1000])
     person = make_person(rng, f"OTHER{seed:02d}-{rng.integers(10**6)}")
     (folder / _FOLDER).mkdir(parents=True, exist_ok=True)

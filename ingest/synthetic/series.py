@@ -91,8 +91,10 @@ def _geometry(data: Dataset, spacing_mm: float, step_mm: float, index: int) -> N
     data.SliceThickness = step_mm
     data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     data.ImagePositionPatient = [
-        round(-spacing_mm * data.Columns / 2, 4), round(-spacing_mm * data.Rows / 2, 4), round(index * step_mm, 4)
-    ]  # fmt: skip
+        round(-spacing_mm * data.Columns / 2, 4),
+        round(-spacing_mm * data.Rows / 2, 4),
+        round(index * step_mm, 4),
+    ]
 
 
 def _ct(task: Task, look: Random, formats: Random, person: Person) -> list[ManifestFile]:
@@ -123,7 +125,7 @@ def _store_hu(hu: NDArray[np.float32], coding: int) -> tuple[NDArray[np.generic]
     if coding == 0:  # unsigned, air at 24
         return np.clip(np.round(hu + 1024), 0, 4095).astype(np.uint16), 12, 1, -1024
     if coding == 1:  # signed, padding outside the reconstruction circle
-        y, x = np.ogrid[-1 : 1 : 1j * height, -1 : 1 : 1j * width]  # type: ignore[misc]
+        y, x = np.ogrid[-1 : 1 : 1j * height, -1 : 1 : 1j * width]
         stored = np.clip(np.round(hu), -1024, 3071)
         return np.where(y**2 + x**2 > 1.02, -2000, stored).astype(np.int16), 16, 1, 0
     if coding == 2:  # a slope that is not 1

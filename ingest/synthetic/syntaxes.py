@@ -49,8 +49,7 @@ def set_pixels(data: Dataset, frames: NDArray[np.generic], bits: int, syntax: UI
     if len(frames) > 1:
         data.NumberOfFrames = len(frames)
     if syntax in NATIVE:
-        order = ">" if syntax == ExplicitVRBigEndian else "<"
-        raw = frames.astype(frames.dtype.newbyteorder(order)).tobytes()
+        raw = (frames.byteswap() if syntax == ExplicitVRBigEndian else frames).tobytes()
         data.add_new(0x7FE00010, "OB" if data.BitsAllocated == 8 else "OW", raw + b"\0" * (len(raw) % 2))
     else:
         data.add_new(0x7FE00010, "OB", encapsulate([encode(f, bits, syntax) for f in frames]))

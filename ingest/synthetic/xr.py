@@ -2,11 +2,21 @@
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ingest.synthetic.fields import Image, Random, coordinates, ellipse, finding, noise, pick, ramp, streaks
+from ingest.synthetic.fields import (
+    Image,
+    Random,
+    blur,
+    coordinates,
+    ellipse,
+    finding,
+    noise,
+    pick,
+    ramp,
+    streaks,
+)
 
 
 def radiographs(rng: Random, positive: bool, images: int) -> list[Image]:
@@ -89,7 +99,7 @@ def _ribs(y: Image, x: Image, chest: _Chest) -> Image:
 
 def _film(rng: Random, image: Image, shape: tuple[int, int]) -> Image:
     """Exposure, scatter, focal blur, quantum noise, and collimator shutters on some."""
-    image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.0))
+    image = blur(image, rng.uniform(0.4, 1.0))
     image = image * (1 + 0.12 * noise(rng, shape, 0.5 * min(shape)))
     image = np.clip(image, 0, None) ** rng.uniform(0.75, 1.35)
     image = rng.uniform(0.55, 1.0) * image + rng.uniform(0.02, 0.2)
