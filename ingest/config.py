@@ -1,0 +1,177 @@
+"""The settings of an ingest run: typed, unknown keys refused, with a fingerprint of what shapes output."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from shards.errors import UserError
+from shards.ids import digest
+from shards.schema import FORMAT_VERSION
+
+# Raised with every change of a reading rule, so that datasets of two rule sets are never mixed.
+RULES_VERSION = 1
+
+# Names that tables use for the DICOM modalities.
+MODALITY_NAMES = {
+    "xray": "CR",
+    "x-ray": "CR",
+    "xr": "CR",
+    "cxr": "CR",
+    "cr": "CR",
+    "dx": "DX",
+    "ct": "CT",
+    "mr": "MR",
+    "mri": "MR",
+    "us": "US",
+    "ultrasound": "US",
+}
+
+# Settings that say where and how to work, not what comes out.
+_NOT_IN_FINGERPRINT = frozenset(
+    {
+        "sources",
+        "output",
+        "key_file",
+        "tables",
+        "discover_tables",
+        "unit_files",
+        "unit_bytes",
+        "failure_budget",
+        "sandbox",
+        "file_seconds",
+        "memory_mib",
+    }
+)
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TableConfig(_Settings):
+    """A CSV beside images: which files to take, and what the pixels cannot say.
+
+    `file_column` holds paths relative to the folder of the CSV. The modality is one for the whole table
+    (`modality`) or a column; names as in MODALITY_NAMES or a partition. Without a patient column every
+    file is its own patient.
+    """
+
+    path: str
+    file_column: str = "file"
+    modality: str | None = None
+    modality_column: str | None = "modality"
+    patient_column: str | None = "patient"
+    label_column: str | None = "label"
+    split_column: str | None = None  # train | val | test in the table overrides the keyed split
+
+
+class ReadRules(_Settings):
+    """What reading one file depends on; travels to the decoder process as JSON."""
+
+    # Modality (0008,0060) -> partition; what is not here is out of scope.
+    modalities: dict[str, str] = Field(
+        default_factory=lambda: {"CR": "xr", "DX": "xr", "CT": "ct", "MR": "mr", "US": "us"}
+    )
+    nifti_modality: str = "mr"  # partition of NIfTI files, whose headers do not say it
+    xr_max_side: int = Field(1200, ge=64)  # pixels; X-rays are reduced to it by area averaging
+    min_side: int = Field(33, ge=1)  # pixels
+    # Declared samples (rows x columns x samples per pixel) of a frame, of a file; above: refused undecoded.
+    max_frame_pixels: int = Field(64 << 20, ge=1)
+    max_pixels: int = Field(4 << 30, ge=1)
+    frames_per_cine: int = Field(16, ge=1)
+    # Keep the classes with a high risk of text in the pixels: secondary capture, ultrasound without regions.
+    allow_burned_in: bool = False
+
+    @field_validator("modalities")
+    @classmethod
+    def _partitions_are_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for partition in value.values():
+            _check_partition(partition)
+        return value
+
+    @field_validator("nifti_modality")
+    @classmethod
+    def _partition_is_a_name(cls, value: str) -> str:
+        _check_partition(value)
+        return value
+
+
+class IngestConfig(ReadRules):
+    """Everything of an ingest run. Build it with `load_config` to get UserError for mistakes."""
+
+    sources: tuple[str, ...] = Field(min_length=1)
+    output: str
+    key_file: str | None = None  # None: the environment variable MEDSWAV_KEY
+    site: str = ""  # keeps equal PatientIDs of two hospitals apart
+    codec: Literal["htj2k", "png16", "blosc2"] = "htj2k"
+    split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    tables: tuple[TableConfig, ...] = ()
+    discover_tables: bool = True  # a CSV named images.csv with a `file` column counts as a table
+    unit_files: int = Field(256, ge=1)
+    unit_bytes: int = Field(256 << 20, ge=1)  # a unit ends when its source files reach this
+    # `ingest run` ends with exit code 3 when more than this part of the inputs crashed or did not decode.
+    failure_budget: float = Field(0.1, ge=0, le=1)
+    sandbox: Literal["process", "inline"] = "process"
+    file_seconds: float = Field(120.0, gt=0)  # for one image of a file; later: the decoder process is killed
+    memory_mib: int = Field(4096, ge=256)  # address space of the decoder process
+
+    @model_validator(mode="after")
+    def _fractions_sum_to_one(self) -> Self:
+        if min(self.split_fractions) < 0 or abs(sum(self.split_fractions) - 1) > 1e-9:
+            raise ValueError("split_fractions must be three non-negative numbers that sum to 1")
+        return self
+
+    def rules(self) -> ReadRules:
+        return ReadRules(**{name: getattr(self, name) for name in ReadRules.model_fields})
+
+    def shaping(self) -> dict[str, Any]:
+        """The settings that decide the output bytes, as JSON types (recorded in dataset.json)."""
+        settings = self.model_dump(mode="json", exclude=set(_NOT_IN_FINGERPRINT))
+        # The site is part of the pseudonyms and may name a hospital: a digest tells two apart.
+        settings["site"] = digest("site", settings["site"])[:12]
+        return settings | {"rules_version": RULES_VERSION, "format_version": FORMAT_VERSION}
+
+    def fingerprint(self) -> str:
+        return digest("ingest", json.dumps(self.shaping(), sort_keys=True))
+
+
+def load_config(settings: dict[str, Any] | str | Path) -> IngestConfig:
+    """IngestConfig of a dict or a YAML file. Raises UserError that names the wrong setting."""
+    if not isinstance(settings, dict):
+        settings = _read_yaml(Path(settings))
+    try:
+        return IngestConfig(**settings)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "configuration"
+        raise UserError(f"ingest setting {name}: {first['msg'].lower()}") from None
+
+
+def partition_of(name: str, modalities: dict[str, str]) -> str | None:
+    """The partition of a modality as a table writes it (MR, mri, xr ...); None where it is out of scope."""
+    name = name.strip().lower()
+    code = MODALITY_NAMES.get(name, name.upper())
+    if code in modalities:
+        return modalities[code]
+    return name if name in modalities.values() else None
+
+
+def _check_partition(name: str) -> None:
+    # A partition is a folder name, a metrics label and part of file names.
+    if not (name.isascii() and name.isalnum() and name == name.lower() and name != "none"):
+        raise ValueError("a partition is lower-case letters and digits, and not 'none'")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"the configuration {path} is not YAML: correct it") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"the configuration {path} must be a mapping of settings")
+    return loaded

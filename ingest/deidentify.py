@@ -1,0 +1,174 @@
+"""From a private frame to an allow-listed row. What is not written here never reaches a dataset.
+
+Free text passes through closed vocabularies only; identifiers become keyed pseudonyms; ages are capped.
+The PS3.15 action of each column stands in shards.schema.
+"""
+
+import datetime
+import re
+from typing import Any
+
+import numpy as np
+
+from ingest.config import IngestConfig
+from ingest.discover import Entry
+from ingest.frames import Frame
+from shards.ids import Pseudonymizer
+from shards.schema import COLUMNS, Row
+
+AGE_CAP_YEARS = 90.0  # PS3.15 and HIPAA safe harbour: older is one group
+
+_MANUFACTURERS = (  # text to look for -> value; the first match counts
+    ("siemens", "siemens"),
+    ("philips", "philips"),
+    ("canon", "canon"),
+    ("toshiba", "canon"),
+    ("hitachi", "fujifilm"),
+    ("fuji", "fujifilm"),
+    ("agfa", "agfa"),
+    ("carestream", "carestream"),
+    ("kodak", "carestream"),
+    ("hologic", "hologic"),
+    ("samsung", "samsung"),
+    ("medison", "samsung"),
+    ("mindray", "mindray"),
+    ("konica", "konica"),
+    ("shimadzu", "shimadzu"),
+    ("esaote", "esaote"),
+    ("united imaging", "united imaging"),
+    ("uih", "united imaging"),
+    ("neusoft", "neusoft"),
+    ("varian", "varian"),
+    ("elekta", "elekta"),
+    ("hyperfine", "hyperfine"),
+    ("bruker", "bruker"),
+    ("acuson", "siemens"),
+    ("general electric", "ge"),
+)
+_GE = re.compile(r"^g\.?\s?e\.?(\s|$)")
+BODY_PARTS = frozenset(
+    """ABDOMEN ABDOMENPELVIS ANKLE AORTA ARM AXILLA BACK BLADDER BRAIN BREAST BRONCHUS BUTTOCK CALCANEUS CALF
+    CAROTID CEREBELLUM CERVIX CHEEK CHEST CHESTABDOMEN CHESTABDPELVIS CIRCLEOFWILLIS CLAVICLE COCCYX COLON
+    CORNEA CORONARYARTERY CSPINE CTSPINE DUODENUM EAR ELBOW ESOPHAGUS EXTREMITY EYE FACE FEMUR FINGER FOOT
+    FOREARM GALLBLADDER HAND HEAD HEADNECK HEART HIP HUMERUS ILEUM ILIUM IAC JAW JEJUNUM KIDNEY KNEE LARYNX
+    LEG LIVER LSPINE LSSPINE LUNG MAXILLA MEDIASTINUM MOUTH NECK NECKCHEST NECKCHESTABDOMEN NOSE ORBIT OVARY
+    PANCREAS PAROTID PATELLA PELVIS PENIS PHARYNX PROSTATE RECTUM RIB SCALP SCAPULA SCLERA SCROTUM SHOULDER
+    SKULL SPINE SPLEEN SSPINE STERNUM STOMACH SUBMANDIBULAR TESTIS THIGH THORAX THUMB THYMUS THYROID TLSPINE
+    TMJ TOE TONGUE TRACHEA TSPINE UTERUS VAGINA VULVA WHOLEBODY WRIST ZYGOMA""".split()
+)
+VIEW_POSITIONS = frozenset("AP PA LL RL LLD RLD LLO RLO LAT LATERAL OBLIQUE CC MLO ML LM XCCL".split())
+_LATERALITY = frozenset("LRB")
+_SEX = frozenset("MFO")
+_AGE = re.compile(r"^(\d{1,3})([DWMY])$")
+_YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
+
+
+def make_row(frame: Frame, entry: Entry, unit: str, config: IngestConfig, names: Pseudonymizer) -> Row:
+    """The catalogue row of a frame, without the pixel statistics, digest and location. `names`: the key."""
+    identifiers, texts = frame.identifiers, frame.texts
+    patient = patient_id(entry, identifiers, names)
+    row: Row = {
+        "key": names.id("sample", f"{entry.identity}/{frame.index}"),
+        "source": source_id(entry.relative, names),
+        "unit": unit,
+        "kind": entry.kind,
+        "modality": frame.modality,
+        "split": entry.split or names.split(patient, config.split_fractions),
+        "patient": patient,
+        "frame": frame.index,
+        "codec": config.codec,
+        "rows": frame.pixels.shape[0],
+        "columns": frame.pixels.shape[1],
+        "dtype": frame.pixels.dtype.name,
+        "manufacturer": manufacturer(texts.get("manufacturer", "")),
+        "body_part": _of(texts.get("body_part", "").replace(" ", ""), BODY_PARTS, "other"),
+        "view_position": _of(texts.get("view_position", ""), VIEW_POSITIONS, "other"),
+        "laterality": _of(texts.get("laterality", ""), _LATERALITY, None),
+        "sex": _of(texts.get("sex", ""), _SEX, None),
+        "age_years": age_years(
+            texts.get("age", ""), texts.get("birth_date", ""), texts.get("study_date", "")
+        ),
+    }
+    for name in ("study", "series", "instance", "frame_of_reference"):
+        if identifiers.get(name):
+            row[name] = names.id(name, identifiers[name])
+    return row | frame.columns
+
+
+def source_id(relative: str, names: Pseudonymizer) -> str:
+    """Pseudonym of a source path (relative to its source): the catalogue's `source`."""
+    return names.id("source", relative)
+
+
+def patient_id(entry: Entry, identifiers: dict[str, str], names: Pseudonymizer) -> str:
+    """Pseudonym of the patient; without a PatientID of the study, the series or the file, never shared."""
+    patient = identifiers.get("patient") or entry.patient
+    if patient:
+        return names.id("patient", patient)
+    for name in ("study", "series"):
+        if identifiers.get(name):
+            return names.id(f"patient of {name}", identifiers[name])
+    return names.id("patient of file", entry.identity)
+
+
+def manufacturer(text: str) -> str | None:
+    text = text.strip().lower()
+    if not text:
+        return None
+    if _GE.match(text):
+        return "ge"
+    return next((value for sought, value in _MANUFACTURERS if sought in text), "other")
+
+
+def age_years(age: str, birth_date: str, study_date: str) -> float | None:
+    """Years from PatientAge (045Y, 010M, ...), else from two dates; whole years from 2 on; capped at 90."""
+    match = _AGE.match(age.strip().upper())
+    if match:
+        years = int(match.group(1)) * _YEARS[match.group(2)]
+    else:
+        born, seen = _date(birth_date), _date(study_date)
+        if born is None or seen is None or seen < born:
+            return None
+        years = (seen - born).days / 365.25
+    years = float(int(years)) if years >= 2 else round(years, 2)
+    return min(years, AGE_CAP_YEARS)
+
+
+def deidentification(config: IngestConfig) -> dict[str, Any]:
+    """The block of dataset.json that says how this dataset was de-identified."""
+    return {
+        "method": "only the allow-listed columns and the pixels leave a source file",
+        "pseudonyms": "HMAC-SHA256 under a secret key",
+        "age_cap_years": AGE_CAP_YEARS,
+        "burned_in_classes": "kept" if config.allow_burned_in else "quarantined",
+        "columns": {column.name: column.action for column in COLUMNS},
+    }
+
+
+def columns_document() -> str:
+    """Markdown table of every column of a dataset with its PS3.15 action (docs/columns.md)."""
+    lines = [
+        "| column | type | PS3.15 action | meaning |",
+        "|---|---|---|---|",
+        *(f"| `{c.name}` | {c.type} | {c.action} | {c.doc} |" for c in COLUMNS),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plain(row: Row) -> Row:
+    """Numpy scalars as Python values (JSON and Arrow take them alike)."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+
+
+def _of(text: str, vocabulary: frozenset[str], otherwise: str | None) -> str | None:
+    text = text.strip().upper()
+    if not text:
+        return None
+    return text if text in vocabulary else otherwise
+
+
+def _date(text: str) -> datetime.date | None:
+    try:
+        return datetime.datetime.strptime(text.strip()[:8], "%Y%m%d").date()
+    except ValueError:
+        return None

@@ -1,0 +1,171 @@
+"""Raw samples to stored pixels: bits, colour, values, polarity. Rules of data.md section 2."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_color_lut, apply_modality_lut
+
+from ingest.dicom import header
+from ingest.dicom.syntaxes import decode_raw
+from ingest.frames import Refused
+from ingest.values import AIR_HU, HIGHEST_HU
+from shards.schema import Reason
+
+
+@dataclass(frozen=True)
+class Values:
+    """How stored values become units: value * slope + intercept (PS3.3 C.11.1)."""
+
+    slope: float | None
+    intercept: float | None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Pixels at rest and what was done to them."""
+
+    pixels: NDArray  # [rows, columns] uint8 | uint16 | int16
+    bits: int  # of the value range of the pixels
+    inverted: bool
+    was_color: bool
+
+
+def read_frame(dataset: Dataset, syntax: str, index: int, frames: int, code: str, values: Values) -> Stored:
+    """Decode frame `index` and bring it to its stored form.
+
+    CT: int16 Hounsfield units, never windowed. All others: stored values, larger = brighter.
+    Raises Refused(BAD_PIXEL_DESCRIPTION) and whatever the codecs raise.
+    """
+    raw, photometric, precision = decode_raw(dataset, syntax, index, frames)
+    stored_bits = header.integer(dataset, "BitsStored") or int(dataset.BitsAllocated)
+    signed = bool(header.integer(dataset, "PixelRepresentation"))
+    high = header.integer(dataset, "HighBit")
+    shift = 0 if high is None else max(0, high + 1 - stored_bits)
+    if raw.shape[:2] != (int(dataset.Rows), int(dataset.Columns)):
+        raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
+    bits = min(stored_bits, precision) if precision else stored_bits
+    if raw.ndim == 2:
+        raw = mask_bits(raw, bits, signed, shift)
+    gray, was_color = to_gray(raw, photometric, dataset)
+    if was_color:
+        bits, signed = 8 * gray.dtype.itemsize, False
+    if "ModalityLUTSequence" in dataset and not was_color:
+        gray, bits, signed = _modality_lut(gray, dataset)
+        values = Values(None, None)
+    if code == "CT":
+        return Stored(to_hounsfield(gray, values, padding_mask(gray, dataset, signed)), 16, False, False)
+    inverted = photometric == "MONOCHROME1" or _inverse_lut(dataset)
+    if inverted:
+        gray = invert(gray, bits, signed)
+    return Stored(_narrow(gray, bits, signed), bits, inverted, was_color)
+
+
+def mask_bits(raw: NDArray, bits: int, signed: bool, shift: int = 0) -> NDArray:
+    """Keep `bits` bits from bit `shift` on and sign-extend: int32 [rows, columns].
+
+    Takes out overlay bits (PS3.5 8.1.2), and the wrong signedness that some codecs give.
+    """
+    wide = raw.astype(np.int32) >> shift if shift else raw.astype(np.int32)
+    wide &= (1 << bits) - 1
+    if signed:
+        half = 1 << (bits - 1)
+        wide = (wide ^ half) - half
+    return wide
+
+
+def to_gray(raw: NDArray, photometric: str, dataset: Dataset) -> tuple[NDArray, bool]:
+    """(array [rows, columns], whether it was colour). Luma of ITU-R BT.601; of YBR the first channel."""
+    if photometric == "PALETTE COLOR":
+        return palette_luma(raw, dataset), True
+    if raw.ndim == 2:
+        if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+            raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
+        return raw, False
+    if photometric.startswith("YBR_FULL"):
+        return np.ascontiguousarray(raw[..., 0]), True
+    if photometric in ("RGB", "YBR_ICT", "YBR_RCT") and raw.shape[-1] == 3:
+        return cv2.cvtColor(raw.astype(f"u{raw.dtype.itemsize}"), cv2.COLOR_RGB2GRAY), True
+    raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
+
+
+def palette_luma(indices: NDArray, dataset: Dataset) -> NDArray:
+    """Luma of a palette image (PS3.3 C.7.9), uint8: the palette is converted, not the pixels.
+
+    Of 16-bit palette entries the high byte is taken, as displays do; some writers fill the low byte only.
+    """
+    descriptor = header.value(dataset, "RedPaletteColorLookupTableDescriptor")
+    entries = int(descriptor[0]) or 1 << 16
+    start = int(descriptor[1])
+    every = np.arange(start, start + entries, dtype=np.int32)[None]
+    colours = np.ascontiguousarray(apply_color_lut(every, dataset)[..., :3])
+    luma = cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY)[0]
+    if luma.dtype == np.uint16 and luma.max() > 255:
+        luma >>= 8
+    return luma.astype(np.uint8)[np.clip(indices - start, 0, entries - 1)]
+
+
+def padding_mask(gray: NDArray, dataset: Dataset, signed: bool) -> NDArray | None:
+    """Where pixels are PixelPaddingValue, or between it and PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2)."""
+    value = header.integer(dataset, "PixelPaddingValue")
+    if value is None:
+        return None
+    limit = header.integer(dataset, "PixelPaddingRangeLimit")
+    # The element is often written with the other signedness: compare as the pixels are.
+    ends = sorted(_as_stored(v, signed) for v in (value, value if limit is None else limit))
+    return (gray >= ends[0]) & (gray <= ends[1])
+
+
+def to_hounsfield(gray: NDArray, values: Values, padding: NDArray | None) -> NDArray:
+    """int16 HU [rows, columns], padding and everything below air (-2000, -3024: GE corners) at -1024."""
+    slope = 1.0 if values.slope is None else values.slope
+    intercept = 0.0 if values.intercept is None else values.intercept
+    if slope.is_integer() and intercept.is_integer() and max(abs(slope), abs(intercept)) < 2**15:
+        units = gray.astype(np.int32) * int(slope) + int(intercept)
+    else:
+        units = np.rint(gray.astype(np.float64) * slope + intercept)
+    if padding is not None:
+        units[padding] = AIR_HU
+    return np.clip(units, AIR_HU, HIGHEST_HU).astype(np.int16)
+
+
+def invert(gray: NDArray, bits: int, signed: bool) -> NDArray:
+    """Mirror the value range of `bits` bits: smallest <-> largest."""
+    return (-1 if signed else (1 << bits) - 1) - gray.astype(np.int32)
+
+
+def mirrored(value: float, bits: int, signed: bool) -> float:
+    """Where `invert` puts a value (for window centres)."""
+    return (-1 if signed else (1 << bits) - 1) - value
+
+
+def _narrow(gray: NDArray, bits: int, signed: bool) -> NDArray:
+    if signed:
+        return gray.astype(np.int16)
+    return gray.astype(np.uint8 if bits <= 8 else np.uint16)
+
+
+def _as_stored(value: int, signed: bool) -> int:
+    if signed:
+        return (value & 0xFFFF ^ 0x8000) - 0x8000 if value > 0x7FFF else value
+    return value & 0xFFFF
+
+
+def _modality_lut(gray: NDArray, dataset: Dataset) -> tuple[NDArray, int, bool]:
+    """(values, bits, signed) after the Modality LUT (PS3.3 C.11.1.1)."""
+    lut = header.items(dataset, "ModalityLUTSequence")[0]
+    entries = int(lut.LUTDescriptor[0]) or 1 << 16
+    start = int(lut.LUTDescriptor[1])
+    every = np.arange(start, start + entries, dtype=np.int32)
+    table = apply_modality_lut(every, dataset).astype(np.int32)
+    # The range that the table uses: many declare 16 bits for 10.
+    bits = max(2, int(table.max()).bit_length())
+    if bits > 16 or table.min() < 0:
+        raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
+    return table[np.clip(gray - start, 0, entries - 1)], bits, False
+
+
+def _inverse_lut(dataset: Dataset) -> bool:
+    return header.text(dataset, "PresentationLUTShape").upper() == "INVERSE"
