@@ -197,7 +197,7 @@ def preset_names() -> list[str]:
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A preset's name (or the path of a YAML file) and `a.b=value` overrides to a config. Raises UserError."""
+    """A preset's name (or a YAML file) and `a.b=value` overrides to a config. Raises UserError."""
     tree = _read_tree(preset)
     for item in overrides:
         _apply(tree, item)
