@@ -49,21 +49,73 @@ def get_codec(name: str) -> Codec:
 
 @dataclass(frozen=True)
 class Htj2k:
-    """High-throughput JPEG 2000, reversible 5/3 wavelet, one tile; signed pixels are native."""
+    """High-throughput JPEG 2000, reversible 5/3 wavelet, one tile; signed pixels are native.
+
+    The low pass of the wavelet overshoots at edges, and a decoder that leaves out levels wraps what falls
+    outside the 16 bits: black beside white becomes white. So 8-bit pixels are coded in 16 bits (no larger),
+    and a comment segment records dtype and extremes, from which `decode` unwraps and clips. Other decoders
+    skip the comment.
+    """
 
     name: str = "htj2k"
     extension: str = "j2c"
 
     def encode(self, pixels: NDArray) -> bytes:
         check_pixels(pixels)
-        return bytes(imagecodecs.htj2k_encode(np.ascontiguousarray(pixels), reversible=True))
+        extremes = (int(pixels.min()), int(pixels.max()))
+        comment = _COMMENT.pack(_COMMENT_MAGIC, PIXEL_DTYPES.index(pixels.dtype.name), *extremes)
+        wide = pixels.astype(np.uint16) if pixels.dtype == np.uint8 else np.ascontiguousarray(pixels)
+        data = bytes(imagecodecs.htj2k_encode(wide, reversible=True))
+        place = _after_siz(data)
+        # COM marker, its length, registration 0 (binary): ISO/IEC 15444-1 A.9.2
+        return data[:place] + struct.pack(">HHH", 0xFF64, 4 + len(comment), 0) + comment + data[place:]
 
     def decode(self, data: bytes, reduce: int = 0) -> NDArray:
         _check_reduce(reduce)
         try:
-            return _checked(imagecodecs.htj2k_decode(data, skipres=reduce or None))
-        except (RuntimeError, ValueError) as error:
+            known = _read_comment(data)
+            safe = known is not None and (known[2] - known[1]) * _LOW_PASS_GAIN[reduce] < 65000
+            skip = reduce if safe else 0
+            pixels = _checked(imagecodecs.htj2k_decode(data, skipres=skip or None))
+        except (RuntimeError, ValueError, struct.error) as error:
             raise ValueError("damaged HTJ2K codestream") from error
+        if known is not None:
+            dtype, low, high = known
+            pixels = (_unwrap(pixels, low, high) if skip else pixels).astype(dtype, copy=False)
+        return area_reduce(pixels, reduce - skip)
+
+
+_COMMENT = struct.Struct(">4sBii")  # magic, dtype index, minimum, maximum
+_COMMENT_MAGIC = b"mwS1"
+# How far the low pass of the 5/3 wavelet stretches a range at worst, after 0, 1 and 2 levels: the square of
+# the sum of the absolute values of its filter (2D).
+_LOW_PASS_GAIN = (1.0, 2.25, 2.640625)
+
+
+def _after_siz(data: bytes) -> int:
+    """Where the first optional marker segment may stand: after SOC and SIZ (ISO/IEC 15444-1 A.3)."""
+    (length,) = struct.unpack_from(">H", data, 4)
+    return 4 + length
+
+
+def _read_comment(data: bytes) -> tuple[str, int, int] | None:
+    """dtype, minimum and maximum that encode() recorded; None for a codestream of another encoder."""
+    place = _after_siz(data) + 6
+    if data[place : place + 4] != _COMMENT_MAGIC:
+        return None
+    _, index, low, high = _COMMENT.unpack_from(data, place)
+    if index >= len(PIXEL_DTYPES) or low > high:
+        raise ValueError("a damaged comment")
+    return PIXEL_DTYPES[index], low, high
+
+
+def _unwrap(pixels: NDArray, low: int, high: int) -> NDArray:
+    """16-bit values modulo 2**16 -> [low, high]: the representative nearest to the middle, clipped."""
+    if pixels.min() >= low and pixels.max() <= high:
+        return pixels
+    start = (low + high) // 2 - 32768
+    above = pixels.view(np.uint16) - np.uint16(start % 65536)  # modulo 2**16 by the type
+    return np.clip(above.astype(np.int32) + start, low, high)
 
 
 @dataclass(frozen=True)

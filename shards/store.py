@@ -198,6 +198,8 @@ class Store:
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
             return
+        if folder.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if folder.parent != folder:
             self._make_folder(folder.parent)
         OPS.mkdir(folder)
