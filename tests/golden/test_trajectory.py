@@ -1,6 +1,4 @@
 """Golden test G3: 20 steps of SwAV, rebuilt from the text of the method with this project's train_step."""
-train_step.
-"""
 
 import json
 from pathlib import Path
