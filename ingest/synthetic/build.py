@@ -38,7 +38,7 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise UserError("the folder for the generated patients is not empty: give an empty or new one")
-    tasks = _tasks(folder, patients, seed)
+    tasks = plan(folder, patients, seed)
     files: list[ManifestFile] = []
     identities: set[str] = set()
     for done, written in enumerate(_run(tasks, workers), start=1):
@@ -53,7 +53,8 @@ def build(
     return Manifest(tuple(files), (LABELS, IMAGES), tuple(sorted(identities | set(texts))))
 
 
-def _tasks(folder: Path, patients: int, seed: int) -> list[Task]:
+def plan(folder: Path, patients: int, seed: int) -> list[Task]:
+    """One task a patient; half of each modality positive, drawn by the seed."""
     tasks = []
     for code, modality in enumerate(MODALITIES):
         rng = np.random.default_rng([seed, code, 999_999])

@@ -167,7 +167,7 @@ def _mr_nifti(task: Task, look: Random, formats: Random, person: Person) -> list
     image.header.extensions.append(
         nib.nifti1.Nifti1Extension("comment", f"{person.name} {person.phone}".encode())
     )
-    subject = f"sub-{task.index:03d}"
+    subject = f"sub-{task.seed:02d}{task.index:04d}"
     name = f"mr/{subject}/anat/{subject}_T2w.nii.gz"
     path = task.folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
