@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ FILE_VERSION = 1
 # Below this energy (a quarter of a uint8 grey level) a band is noise or empty: it is not amplified further.
 ENERGY_FLOOR = 1e-3
 _BORDER = cv2.BORDER_REFLECT_101
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 def gaussian_cascade(image: Image, sigmas: Sequence[float]) -> list[Image]:
@@ -192,12 +194,8 @@ def fit_statistics(images: Iterable[Pyramid | Image], sigmas: Sequence[float]) -
 def draw_references(statistics: BandStatistics, uniform: NDArray[np.float64]) -> NDArray[np.float64]:
     """e_ref f64[..., n + 1] from uniform numbers of the same shape: a Gaussian per band, truncated to
     mean +- sigma and to > 0, by its inverse distribution function."""
-    mean, sigma = np.array(statistics.mean), np.array(statistics.sigma)
-    low = [max(-1.0, -m / s) if s > 0 else -1.0 for m, s in zip(mean, sigma, strict=True)]
-    p_low = np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in low])
-    p_high = 0.5 * math.erfc(-1 / math.sqrt(2))
-    quantile = _normal_quantile(p_low + uniform * (p_high - p_low))
-    return np.maximum(mean + sigma * quantile, np.finfo(np.float64).tiny)
+    mean, sigma, p_low, p_range = _truncated(statistics)
+    return np.asarray(np.maximum(mean + sigma * _normal_quantile(p_low + uniform * p_range), _TINY))
 
 
 def save_statistics(path: str | Path, statistics: Mapping[str, BandStatistics]) -> None:
@@ -278,6 +276,7 @@ def _low_mean(low: Image, step: int, rows: int, columns: int) -> float:
     )
 
 
+@lru_cache(maxsize=256)
 def _share(length: int, step: int, samples: int) -> NDArray[np.float32]:
     """How many pixels each grid sample stands for, f32[samples]."""
     position = np.arange(length) / step
@@ -312,13 +311,23 @@ def _finer(coarse: Image, source: Window, target: Window) -> Image:
     return up[y : y + target[1] - target[0], x : x + target[3] - target[2]]
 
 
+@lru_cache(maxsize=64)
+def _truncated(statistics: BandStatistics) -> tuple[NDArray[np.float64], ...]:
+    """mean, sigma and the probabilities between which a band's Gaussian is kept: lower end, width."""
+    mean, sigma = np.array(statistics.mean), np.array(statistics.sigma)
+    low = [max(-1.0, -m / s) if s > 0 else -1.0 for m, s in zip(mean, sigma, strict=True)]
+    p_low = np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in low])
+    return mean, sigma, p_low, 0.5 * math.erfc(-1 / math.sqrt(2)) - p_low
+
+
 def _normal_quantile(p: NDArray[np.float64]) -> NDArray[np.float64]:
     """Inverse normal distribution for p in [.025, .975]: Acklam's rational form, relative error 1.2e-9."""
     q = p - 0.5
     r = q * q
-    top = np.polyval(_QUANTILE_TOP, r)
-    bottom = np.polyval(_QUANTILE_BOTTOM, r)
-    return np.asarray(q * top / bottom)
+    top, bottom = r * _QUANTILE_TOP[0], r * _QUANTILE_BOTTOM[0]
+    for a, b in zip(_QUANTILE_TOP[1:-1], _QUANTILE_BOTTOM[1:-1], strict=True):
+        top, bottom = (top + a) * r, (bottom + b) * r
+    return np.asarray(q * (top + _QUANTILE_TOP[-1]) / (bottom + _QUANTILE_BOTTOM[-1]))
 
 
 _QUANTILE_TOP = (
