@@ -21,7 +21,11 @@ MAXIMUM_REDUCE = 2
 
 
 class Codec(Protocol):
-    """A lossless codec. decode raises ValueError for damaged data."""
+    """A lossless codec.
+
+    decode raises ValueError for damage that the decoder reports; other damage gives wrong pixels, which
+    only their digest tells (imagecodecs keeps errors in the middle of an HTJ2K codestream to itself).
+    """
 
     @property
     def name(self) -> str: ...

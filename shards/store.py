@@ -56,6 +56,7 @@ class Operations:
 
 OPS = Operations()
 
+_NOT_A_FOLDER = "a part of the path is a file, not a folder: choose another folder"
 _CAUSES = {
     errno.ENOSPC: "the disk is full: free some space, or use another folder, and run again",
     errno.EDQUOT: "the disk quota is used up: free some space, or use another folder, and run again",
@@ -64,7 +65,8 @@ _CAUSES = {
     errno.EPERM: "not permitted: use a folder on a file system with hard links that you may write to",
     errno.ENOTSUP: "the file system has no hard links, which exactly-once commits need: use another one",
     errno.EIO: "input/output error: check the disk or the network mount, then run again",
-    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
+    errno.ENOTDIR: _NOT_A_FOLDER,
+    errno.EEXIST: _NOT_A_FOLDER,  # of mkdir: where a file may exist, the caller has dealt with it
 }
 
 
@@ -198,8 +200,6 @@ class Store:
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
             return
-        if folder.exists():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if folder.parent != folder:
             self._make_folder(folder.parent)
         OPS.mkdir(folder)
