@@ -8,8 +8,6 @@ import datetime
 import re
 from typing import Any
 
-import numpy as np
-
 from ingest.config import IngestConfig
 from ingest.discover import Entry
 from ingest.frames import Frame
@@ -47,6 +45,7 @@ _MANUFACTURERS = (  # text to look for -> value; the first match counts
 )
 _GE = re.compile(r"^g\.?\s?e\.?(\s|$)")
 BODY_PARTS = frozenset(
+    # PS3.16 annex L, the defined terms.
     """ABDOMEN ABDOMENPELVIS ANKLE AORTA ARM AXILLA BACK BLADDER BRAIN BREAST BRONCHUS BUTTOCK CALCANEUS CALF
     CAROTID CEREBELLUM CERVIX CHEEK CHEST CHESTABDOMEN CHESTABDPELVIS CIRCLEOFWILLIS CLAVICLE COCCYX COLON
     CORNEA CORONARYARTERY CSPINE CTSPINE DUODENUM EAR ELBOW ESOPHAGUS EXTREMITY EYE FACE FEMUR FINGER FOOT
@@ -54,9 +53,11 @@ BODY_PARTS = frozenset(
     LEG LIVER LSPINE LSSPINE LUNG MAXILLA MEDIASTINUM MOUTH NECK NECKCHEST NECKCHESTABDOMEN NOSE ORBIT OVARY
     PANCREAS PAROTID PATELLA PELVIS PENIS PHARYNX PROSTATE RECTUM RIB SCALP SCAPULA SCLERA SCROTUM SHOULDER
     SKULL SPINE SPLEEN SSPINE STERNUM STOMACH SUBMANDIBULAR TESTIS THIGH THORAX THUMB THYMUS THYROID TLSPINE
-    TMJ TOE TONGUE TRACHEA TSPINE UTERUS VAGINA VULVA WHOLEBODY WRIST ZYGOMA""".split()
+    TMJ TOE TONGUE TRACHEA TSPINE UTERUS VAGINA VULVA WHOLEBODY WRIST ZYGOMA""".split()  # noqa: SIM905
 )
-VIEW_POSITIONS = frozenset("AP PA LL RL LLD RLD LLO RLO LAT LATERAL OBLIQUE CC MLO ML LM XCCL".split())
+VIEW_POSITIONS = frozenset(
+    "AP PA LL RL LLD RLD LLO RLO LAT LATERAL OBLIQUE CC MLO ML LM XCCL".split()  # noqa: SIM905
+)
 _LATERALITY = frozenset("LRB")
 _SEX = frozenset("MFO")
 _AGE = re.compile(r"^(\d{1,3})([DWMY])$")
@@ -153,11 +154,6 @@ def columns_document() -> str:
         *(f"| `{c.name}` | {c.type} | {c.action} | {c.doc} |" for c in COLUMNS),
     ]
     return "\n".join(lines) + "\n"
-
-
-def plain(row: Row) -> Row:
-    """Numpy scalars as Python values (JSON and Arrow take them alike)."""
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
 
 
 def _of(text: str, vocabulary: frozenset[str], otherwise: str | None) -> str | None:

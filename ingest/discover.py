@@ -82,6 +82,13 @@ def identity_of(relative: str, size: int, head: bytes, ordinal: int = 0) -> str:
     return digest("input", relative, str(size), head, str(ordinal))
 
 
+def unchanged(entry: Entry) -> bool:
+    """Whether the file is still what the inventory saw."""
+    head = read_head(entry.path)
+    size = 0 if head is None else _size(entry.path)
+    return identity_of(entry.relative, size, head or b"", entry.ordinal) == entry.identity
+
+
 def _walk(config: IngestConfig) -> Iterator[tuple[str, str]]:
     """(absolute path, path relative to its source) of every file, each once, in a fixed order."""
     output = os.path.realpath(config.output)
@@ -115,8 +122,8 @@ def _entry(
     relative = relative.encode("utf-8", "backslashreplace").decode()
     head = read_head(path)
     if head is None:
-        identity = _numbered(ordinals, relative, 0, b"")
-        return Entry(path, relative, 0, "other", identity[0], ordinal=identity[1])
+        identity, ordinal = _numbered(ordinals, relative, 0, b"")
+        return Entry(path, relative, 0, "other", identity, ordinal=ordinal, hint=Reason.NOT_AN_IMAGE.value)
     size = _size(path)
     identity, ordinal = _numbered(ordinals, relative, size, head)
     kind = sniff(head)

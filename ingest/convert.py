@@ -1,0 +1,173 @@
+"""One unit of work: read > de-identify > encode > commit. A pure function of its inputs, settings and key."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ingest.config import IngestConfig
+from ingest.dedupe import Keys, Seen, image_keys
+from ingest.deidentify import deidentification, make_row, source_id
+from ingest.discover import Entry, unchanged
+from ingest.frames import Frame, Item, Refusal
+from ingest.plan import Unit
+from ingest.sandbox import Reader, shared_reader
+from shards.codec import Codec, get_codec
+from shards.commit import Commit, EncodedSample, QuarantineRow, commit_unit, find_commit
+from shards.dataset import DatasetInfo
+from shards.ids import Pseudonymizer
+from shards.schema import FORMAT_VERSION, Reason
+from shards.stats import pixel_digest, pixel_statistics
+from shards.store import Store
+
+
+@dataclass
+class UnitResult:
+    """What a unit gave, for progress and metrics. seconds: by stage (read, encode, commit)."""
+
+    unit: str
+    modality: str
+    inputs: int = 0
+    samples: dict[str, int] = field(default_factory=dict)  # by partition
+    reasons: dict[str, int] = field(default_factory=dict)  # refusals by reason
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def dataset_info(config: IngestConfig, names: Pseudonymizer) -> DatasetInfo:
+    """What dataset.json records and a resume is held to."""
+    return DatasetInfo(
+        codec=config.codec,
+        fingerprint=config.fingerprint(),
+        key_id=names.key_id,
+        config=config.shaping(),
+        deidentification=deidentification(config),
+        modalities=tuple(sorted({*config.modalities.values(), config.nifti_modality})),
+        format_version=FORMAT_VERSION,
+    )
+
+
+def run_unit(
+    unit: Unit,
+    config: IngestConfig,
+    names: Pseudonymizer,
+    root: str | Path,
+    scratch: Path,
+    reader: Reader | None = None,
+) -> UnitResult:
+    """Convert and commit a unit: equal inputs, settings and key, equal bytes. Does nothing when committed.
+
+    reader: by default the one of this process. Raises UserError where the output or the scratch cannot be
+    written; no input raises.
+    """
+    store = Store(root)
+    standing = find_commit(store, unit.unit)
+    if standing is not None:
+        return _result(unit, standing)
+    work = _Work(unit, config, names, reader or shared_reader(config))
+    started = time.perf_counter()
+    commit = commit_unit(
+        store,
+        unit.unit,
+        work.samples(),
+        work.quarantine,
+        scratch,
+        inputs=len(unit.entries) + len(unit.missing),
+    )
+    seconds = time.perf_counter() - started
+    result = _result(unit, commit)
+    result.reasons = dict(Counter(row.reason for row in work.quarantine))
+    result.seconds = dict(work.seconds) | {"commit": max(0.0, seconds - sum(work.seconds.values()))}
+    return result
+
+
+def _result(unit: Unit, commit: Commit) -> UnitResult:
+    return UnitResult(
+        unit=unit.unit,
+        modality=unit.modality,
+        inputs=commit.counts["inputs"],
+        samples={file.modality: file.samples for file in commit.shards},
+        bytes_in=sum(entry.size for entry in unit.entries),
+        bytes_out=sum(file.size for file in commit.files()),
+    )
+
+
+class _Work:
+    """The state of one unit while its samples are drawn: quarantine rows, seen images, clocks."""
+
+    def __init__(self, unit: Unit, config: IngestConfig, names: Pseudonymizer, reader: Reader) -> None:
+        self.unit = unit
+        self.config = config
+        self.names = names
+        self.reader = reader
+        self.codec: Codec = get_codec(config.codec)
+        self.seen = Seen()
+        self.seconds = {"read": 0.0, "encode": 0.0}
+        self.quarantine = [
+            QuarantineRow(source, -1, "other", unit.modality, Reason.SOURCE_MISSING.value)
+            for source in unit.missing
+        ]
+
+    def samples(self) -> Iterator[EncodedSample]:
+        for entry in self.unit.entries:
+            yield from self._file(entry)
+
+    def _file(self, entry: Entry) -> list[EncodedSample]:
+        """Samples of one file; refusals go to the quarantine. A file refused as a whole gives no sample."""
+        samples: list[EncodedSample] = []
+        found: list[Keys] = []
+        refusals: list[Refusal] = []
+        for item in self._timed(read_entry(entry, self.reader)):
+            if isinstance(item, Refusal):
+                refusals.append(item)
+                continue
+            started = time.perf_counter()
+            keys = image_keys(item, pixel_digest(item.pixels))
+            reason = self.seen.reason(keys)
+            if reason is None:
+                samples.append(self._encode(item, entry, keys.pixels))
+                found.append(keys)
+            else:
+                refusals.append(Refusal(reason, item.index, item.modality))
+            self.seconds["encode"] += time.perf_counter() - started
+        whole = [refusal for refusal in refusals if refusal.frame == -1]
+        if not whole and not samples and len(refusals) == 1:
+            whole = [replace(refusals[0], frame=-1)]  # its only image
+        self._refuse(entry, whole or refusals)
+        if whole:
+            return []
+        self.seen.add(found)
+        return samples
+
+    def _encode(self, frame: Frame, entry: Entry, digest: str) -> EncodedSample:
+        row = make_row(frame, entry, self.unit.unit, self.config, self.names)
+        row |= {"pixel_digest": digest} | pixel_statistics(frame.pixels)
+        return EncodedSample(row, self.codec.encode(frame.pixels))
+
+    def _refuse(self, entry: Entry, refusals: list[Refusal]) -> None:
+        source = source_id(entry.relative, self.names)
+        self.quarantine += [
+            QuarantineRow(source, refusal.frame, entry.kind, refusal.modality, refusal.reason.value)
+            for refusal in refusals
+        ]
+
+    def _timed(self, items: Iterator[Item]) -> Iterator[Item]:
+        while True:
+            started = time.perf_counter()
+            item = next(items, None)
+            self.seconds["read"] += time.perf_counter() - started
+            if item is None:
+                return
+            yield item
+
+
+def read_entry(entry: Entry, reader: Reader) -> Iterator[Item]:
+    """Items of one input; SOURCE_MISSING where it is not what the inventory saw."""
+    if not unchanged(entry):
+        yield Refusal(Reason.SOURCE_MISSING, modality=entry.modality)
+    elif entry.listed and entry.modality == "none":
+        yield Refusal(Reason.MODALITY_OUT_OF_SCOPE)
+    else:
+        yield from reader.read(entry.path, entry.kind, entry.modality)

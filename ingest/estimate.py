@@ -1,0 +1,101 @@
+"""`ingest plan`: what a run would do and cost. Decodes a sample of the inputs, writes nothing."""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ingest.config import IngestConfig
+from ingest.convert import read_entry
+from ingest.discover import Entry
+from ingest.frames import Frame, Refusal
+from ingest.sandbox import Reader, open_reader
+from shards.codec import get_codec
+from shards.stats import pixel_digest, pixel_statistics
+
+
+@dataclass
+class PlanReport:
+    """Counts of inputs and an estimate from `sampled` decoded ones. seconds are those of one core."""
+
+    inputs: int = 0
+    bytes_in: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    modalities: dict[str, int] = field(default_factory=dict)  # inputs by partition, before decoding
+    # Refusals that the headers tell, and, scaled from the sample, those that only decoding tells.
+    refusals: dict[str, int] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)  # expected samples by partition
+    sampled: int = 0
+    bytes_out: int = 0
+    core_seconds: float = 0.0
+
+
+@dataclass
+class _Measured:
+    """Of the sampled files of one kind and partition."""
+
+    files: int = 0
+    images: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    bytes_out: int = 0
+    seconds: float = 0.0
+
+
+def estimate(entries: Sequence[Entry], config: IngestConfig, sample: int = 48) -> PlanReport:
+    """Counts of all entries; cost, size and further refusals scaled up from about `sample` decoded files."""
+    report = PlanReport(
+        inputs=len(entries),
+        bytes_in=sum(entry.size for entry in entries),
+        kinds=dict(Counter(entry.kind for entry in entries)),
+        modalities=dict(Counter(entry.modality for entry in entries)),
+    )
+    refusals: Counter[str] = Counter(entry.hint for entry in entries if entry.hint)
+    strata: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if not entry.hint:
+            strata[entry.kind, entry.modality].append(entry)
+    images: Counter[str] = Counter()
+    reader = open_reader(config)
+    try:
+        for _, members in sorted(strata.items()):
+            chosen = _spread(members, max(4, sample // max(1, len(strata))))
+            measured = _measure(chosen, config, reader)
+            scale = len(members) / measured.files
+            report.sampled += measured.files
+            report.bytes_out += round(measured.bytes_out * scale)
+            report.core_seconds += measured.seconds * scale
+            for reason, number in measured.reasons.items():
+                refusals[reason] += round(number * scale)
+            for modality, number in measured.images.items():
+                images[modality] += round(number * scale)
+    finally:
+        reader.close()
+    report.refusals, report.images = dict(refusals), dict(images)
+    return report
+
+
+def _measure(entries: Sequence[Entry], config: IngestConfig, reader: Reader) -> _Measured:
+    measured, codec = _Measured(), get_codec(config.codec)
+    if entries:
+        list(read_entry(entries[0], reader))  # the start of the decoder process is not a cost per file
+    for entry in entries:
+        started = time.perf_counter()
+        for item in read_entry(entry, reader):
+            if isinstance(item, Refusal):
+                measured.reasons[item.reason.value] += 1
+            else:
+                measured.images[item.modality] += 1
+                measured.bytes_out += _encoded_bytes(item, codec.encode(item.pixels))
+        measured.seconds += time.perf_counter() - started
+        measured.files += 1
+    return measured
+
+
+def _encoded_bytes(frame: Frame, data: bytes) -> int:
+    pixel_digest(frame.pixels)  # the work of a run, for its time
+    pixel_statistics(frame.pixels)
+    return len(data) + 3072  # the JSON, the tar headers and padding, the catalogue row
+
+
+def _spread(members: list[Entry], most: int) -> list[Entry]:
+    return members if len(members) <= most else [members[i * len(members) // most] for i in range(most)]
