@@ -1,0 +1,244 @@
+"""The commands `medswav` and `ingest`. Thin: options in, one call of the part that does the work, code out.
+
+Exit codes: 0 done, 1 failed, 2 a mistake in the settings (one line on stderr says what to change), 3 failure
+budget exceeded or units that failed, 130 interrupted. Heavy imports are inside the commands: --help is quick.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestration import cli_ingest
+from shards.errors import UserError
+
+Address = Annotated[
+    str | None,
+    typer.Option(help="host:port of a running Ray cluster; default RAY_ADDRESS, else a local Ray is started"),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change a setting; may be repeated.")
+]
+
+app = typer.Typer(
+    name="medswav",
+    help="Hospital image archives to training shards, and multi-modality SwAV pretraining on them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(cli_ingest.app, name="ingest")
+
+
+@app.command()
+def pretrain(
+    dataset: Annotated[Path, typer.Option(help="Dataset folder: the output of `ingest run`.")],
+    run_dir: Annotated[Path, typer.Option(help="Folder of checkpoints, metrics and the encoder.")],
+    preset: Annotated[str, typer.Option(help="Preset or YAML file.")] = "demo",
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Training processes; one a GPU where there are GPUs.")
+    ] = 2,
+    feeders: Annotated[int, typer.Option(min=1, help="Augmentation actors of each rank.")] = 1,
+    set_: Settings = None,
+    address: Address = None,
+    gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Default: GPUs where there are.")] = None,
+    max_failures: Annotated[
+        int, typer.Option(help="Restarts of the ranks without a new checkpoint before giving up; -1: no end.")
+    ] = 3,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 0,
+    metrics_host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines scrape.")] = "127.0.0.1",
+    verbose: Annotated[bool, typer.Option(help="Show Ray's own log lines.")] = False,
+) -> None:
+    """Pretrain an encoder; the same command again continues the run.
+
+    Example: medswav pretrain --preset demo --dataset DATASET --run-dir RUN --set max_steps=500
+    """
+    from orchestration.pretrain_job import TrainingFailedError, pretrain
+    from trainer.config import load_config
+
+    config = load_config(preset, [*(set_ or []), f"data.dataset={dataset.absolute()}"])
+    try:
+        result = pretrain(
+            config,
+            run_dir,
+            ranks,
+            feeders,
+            address=address,
+            gpu=gpu,
+            max_failures=max_failures,
+            metrics_port=metrics_port,
+            metrics_host=metrics_host,
+            verbose=verbose,
+        )
+    except TrainingFailedError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if result.finished:
+        typer.echo(f"finished {result.step} steps; the encoder is {run_dir / 'encoder.safetensors'}")
+    else:
+        typer.echo(f"stopped at step {result.step}, checkpoint saved: the same command continues")
+    raise typer.Exit(result.exit_code)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def submit(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="A medswav command.")],
+    address: Annotated[
+        str | None, typer.Option(help="Dashboard of the cluster, http://HEAD:8265; default RAY_ADDRESS.")
+    ] = None,
+    run_id: Annotated[str | None, typer.Option(help="Name of the job; a retry appends -1, -2 ...")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Submit a failed job again, to resume.")] = 0,
+    program: Annotated[str, typer.Option(help="The command `medswav` on the cluster.")] = "medswav",
+) -> None:
+    """Run a medswav command as a job on a running Ray cluster, with its true exit code.
+
+    Example: medswav submit --address http://HEAD:8265 -- pretrain --dataset DATASET --run-dir RUN
+    """
+    from orchestration.submit import submit
+
+    raise typer.Exit(submit(command, address, run_id, retries, program))
+
+
+@app.command("fit-bands")
+def fit_bands(
+    dataset: Annotated[Path, typer.Option(help="Dataset folder.")],
+    output: Annotated[Path, typer.Argument(help="File to write, for views.band_statistics.")],
+    preset: Annotated[str, typer.Option(help="Preset or YAML file.")] = "demo",
+    set_: Settings = None,
+    images: Annotated[int, typer.Option(min=1, help="Reference images of each modality.")] = 1000,
+) -> None:
+    """Fit the statistics of the energy augmentation to a file; pretrain fits its own where none is given."""
+    from trainer.augment.bands import save_statistics
+    from trainer.batches import fit_bands
+    from trainer.config import load_config
+    from trainer.files import disk_full_is_clear
+
+    config = load_config(preset, [*(set_ or []), f"data.dataset={dataset.absolute()}"])
+    if output.exists():
+        raise UserError(f"{output} exists already: choose another name, or remove it")
+    statistics = fit_bands(config, images)
+    with disk_full_is_clear("writing the band statistics"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_statistics(output, statistics)
+    for name, fitted in statistics.items():
+        typer.echo(f"{name}: {fitted.count} images")
+
+
+@app.command()
+def probe(
+    dataset: Annotated[Path, typer.Option(help="Dataset folder with labels (`ingest label`).")],
+    encoder: Annotated[list[Path], typer.Option(help="encoder.safetensors of a run; may be repeated.")],
+    labels: Annotated[str, typer.Option(help="Name of the label table.")] = "labels",
+    as_json: Annotated[bool, typer.Option("--json", help="Rows and summary as JSON.")] = False,
+) -> None:
+    """AUC of linear probe and kNN on frozen features: pretrained, random-initialised, pixel baseline."""
+    from orchestration.probe_job import probe
+
+    typer.echo(probe(dataset, encoder, labels, as_json))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where datasets or runs are to be written.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="A list of checks as JSON.")] = False,
+) -> None:
+    """Check this machine: decoders, file system, /dev/shm, ports, torch, Ray. Exit code 1 if one fails."""
+    import json
+
+    from orchestration.doctor import run_checks
+
+    checks = run_checks(folder)
+    if as_json:
+        typer.echo(json.dumps([check.as_dict() for check in checks], indent=1))
+    else:
+        for check in checks:
+            typer.echo(f"{check.level:8} {check.name:24} {check.detail}")
+    raise typer.Exit(1 if any(check.level == "failed" for check in checks) else 0)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of everything that the demo makes.")] = Path("demo"),
+    source: Annotated[
+        list[Path] | None, typer.Option(help="Your own files instead of generated patients; may be repeated.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV with labels of your files.")] = None,
+    set_: Settings = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Training processes.")] = 2,
+    address: Address = None,
+) -> None:
+    """The whole path: files to shards, a short pretraining, probes, one HTML report."""
+    from orchestration.demo import demo
+
+    code = demo(
+        output=output, sources=source or [], labels=labels, overrides=set_ or [], ranks=ranks, address=address
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="ingest, augment, read, feed or step.")],
+    seconds: Annotated[float, typer.Option(help="Measuring time; set-up comes on top.")] = 60.0,
+) -> None:
+    """Measure this machine: one JSON object per figure, with the baseline measured in the same run."""
+    from orchestration.bench import run
+
+    run(name, seconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `medswav`."""
+    return run_app(app, "medswav", arguments)
+
+
+def ingest_main(arguments: Sequence[str] | None = None) -> int:
+    """The command `ingest`, which is `medswav ingest`."""
+    return run_app(cli_ingest.app, "ingest", arguments)
+
+
+def run_app(application: Callable[..., object], name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a typer application; its exit code. A user's mistake is one line on stderr."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = application(given, prog_name=name, standalone_mode=False)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except typer.TyperException as error:
+        print(f"error: {usage_line(error)} (see {name} --help)", file=sys.stderr)
+        return 2
+    except Exception as error:
+        mistake = _setting_mistake(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def usage_line(error: Exception) -> str:
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(text.split()).rstrip(".")
+
+
+def _setting_mistake(error: Exception) -> str | None:
+    """One line for a pydantic error that no loader has turned into a UserError, without the value."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return None
+    first = error.errors(include_input=False, include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    return f"setting {name}: {first['msg']}" if name else first["msg"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

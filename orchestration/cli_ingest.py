@@ -1,0 +1,205 @@
+"""`medswav ingest ...`, which is also the command `ingest`: source folders to a dataset."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from ingest.config import IngestConfig
+
+app = typer.Typer(
+    name="ingest",
+    help="Source folders (DICOM, NIfTI, images + CSV) to a dataset of committed shards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Key = Annotated[
+    Path | None,
+    typer.Option(
+        "--key",
+        "--key-file",
+        help="Key file of the pseudonyms (`ingest key FILE` creates one); default MEDSWAV_KEY.",
+    ),
+]
+Site = Annotated[str | None, typer.Option(help="Keeps equal patient ids of two hospitals apart.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change a setting; may be repeated.")
+]
+Table = Annotated[
+    list[Path] | None,
+    typer.Option(help="CSV that lists images (columns file, modality, patient, label); may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Dataset = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset folder.")]
+
+
+def build_config(
+    sources: list[Path],
+    output: Path,
+    key: Path | None = None,
+    site: str | None = None,
+    config_file: Path | None = None,
+    overrides: list[str] | None = None,
+    tables: list[Path] | None = None,
+) -> "IngestConfig":
+    """Options over the YAML file over the defaults. Raises UserError."""
+    from ingest.config import load_config
+
+    settings = _read(config_file) if config_file is not None else {}
+    for item in overrides or []:
+        _apply(settings, item)
+    settings["sources"] = [str(path.absolute()) for path in sources]
+    settings["output"] = str(output.absolute())
+    if key is not None:
+        settings["key_file"] = str(key)
+    if site is not None:
+        settings["site"] = site
+    if tables:
+        listed = list(settings.get("tables", []))
+        settings["tables"] = listed + [{"path": str(table.absolute())} for table in tables]
+    return load_config(settings)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"the configuration {path} is not YAML: correct it") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"the configuration {path} must be a mapping of settings")
+    return loaded
+
+
+def _apply(settings: dict[str, Any], item: str) -> None:
+    name, separator, value = item.partition("=")
+    if not separator or not name:
+        raise UserError(f"--set {item!r}: write it as a.b=value")
+    *parents, leaf = name.split(".")
+    node = settings
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {name}: {parent} holds no settings below it")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {name}: {value!r} is not a valid value") from None
+
+
+@app.command()
+def plan(
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Folders to look at.")],
+    config_file: ConfigFile = None,
+    set_: Settings = None,
+    table: Table = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run would do: counts, refusals by reason, bytes, core-seconds. Writes nothing."""
+    from orchestration.ingest_report import plan_report
+
+    config = build_config(sources, Path("dataset"), None, None, config_file, set_, table)
+    typer.echo(plan_report(config, as_json))
+
+
+@app.command()
+def run(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE... OUT", help="Source folders, then the dataset.")
+    ],
+    key: Key = None,
+    site: Site = None,
+    config_file: ConfigFile = None,
+    set_: Settings = None,
+    table: Table = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Units at a time; default one a CPU.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="host:port of a running Ray cluster; default RAY_ADDRESS, else a local Ray."),
+    ] = None,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 0,
+    metrics_host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines scrape.")] = "127.0.0.1",
+    verbose: Annotated[bool, typer.Option(help="Show Ray's own log lines.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert source folders to a dataset; run again, it goes on where it was.
+
+    Example: ingest key ~/medswav.key && ingest run --key ~/medswav.key ARCHIVE DATASET
+    """
+    import dataclasses
+
+    from orchestration.ingest_job import run_ingest
+
+    if len(paths) < 2:
+        raise UserError("give the source folders and then the output folder: ingest run SOURCE... OUT")
+    config = build_config(paths[:-1], paths[-1], key, site, config_file, set_, table)
+    summary = run_ingest(
+        config,
+        workers=workers,
+        address=address,
+        metrics_port=metrics_port,
+        metrics_host=metrics_host,
+        verbose=verbose,
+    )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(summary), indent=1))
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def status(dataset: Dataset, as_json: AsJson = False) -> None:
+    """Units planned and committed, images by modality and split, refusals by reason."""
+    from orchestration.ingest_report import status_report
+
+    typer.echo(status_report(dataset, as_json))
+
+
+@app.command()
+def verify(
+    dataset: Dataset,
+    deep: Annotated[bool, typer.Option(help="Also hash every file and decode every image.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a dataset against its commits; exit code 1 when something is wrong. Changes nothing."""
+    from orchestration.ingest_report import verify_report
+
+    clean, text = verify_report(dataset, deep, as_json)
+    typer.echo(text)
+    raise typer.Exit(0 if clean else 1)
+
+
+@app.command()
+def label(
+    dataset: Dataset,
+    csv: Annotated[Path, typer.Argument(metavar="CSV", help="Labels by file, UID or patient.")],
+    key: Key = None,
+    site: Site = None,
+    name: Annotated[str, typer.Option(help="Name of the label table.")] = "labels",
+    source: Annotated[
+        list[Path] | None, typer.Option(help="Source folder of `ingest run`, where the CSV lies above it.")
+    ] = None,
+) -> None:
+    """Join a table of labels to the samples by their pseudonyms; no shard is rewritten."""
+    from orchestration.ingest_report import label_report
+
+    typer.echo(label_report(dataset, csv, key, site, name, source))
+
+
+@app.command("key")
+def key_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Key file to create, outside of any dataset.")],
+) -> None:
+    """Create a key for the pseudonyms. Keep it secret and keep it: the same key gives the same pseudonyms."""
+    from shards.ids import create_key
+
+    create_key(file)
+    typer.echo(f"created {file}; keep it secret, keep a copy, and give it to every run: --key {file}")

@@ -1,0 +1,332 @@
+"""`ingest run`: one Ray task per unit of work around ingest.convert.run_unit, a bounded window of them.
+
+A unit is a pure function of its inputs and the configuration, and its commit is exactly-once, so a killed
+worker, a killed driver or a second run of the same command change nothing. Nothing that names a source
+leaves a worker: reason codes, counts and seconds only.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from orchestration.cluster import StopFlag, connected, pin_threads, runtime_env
+from orchestration.metrics import Metrics, endpoint
+from orchestration.progress import Progress, format_seconds
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from ingest.config import IngestConfig
+    from ingest.convert import UnitResult
+    from ingest.plan import Unit
+
+WINDOW_PER_WORKER = 2  # units in flight: one that runs, one that waits; a killed driver loses no more
+RETRIES = 3  # of a unit whose worker died
+FAILED_REASONS = ("crashed", "decode_failed")  # what the failure budget counts
+SWEEP_AGE_SECONDS = 3600.0  # no commit takes that long: what is older has no writer
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class IngestSummary:
+    """What one `ingest run` did, and what the dataset holds after it."""
+
+    units: int = 0  # planned, whatever was done before
+    already: int = 0  # committed before this run
+    committed: int = 0  # by this run
+    failed: dict[str, int] = field(default_factory=dict)  # kind of error -> units without a commit
+    samples: dict[str, dict[str, int]] = field(default_factory=dict)  # modality -> split -> count, dataset
+    quarantined: dict[str, int] = field(default_factory=dict)  # reason -> rows, dataset
+    inputs: int = 0  # of the dataset
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    over_budget: bool = False
+
+    @property
+    def total(self) -> int:
+        return sum(sum(splits.values()) for splits in self.samples.values())
+
+    @property
+    def exit_code(self) -> int:
+        """0 only if every unit is committed and the failure budget is respected (data.md section 6)."""
+        if self.interrupted:
+            return 130
+        return 3 if self.failed or self.over_budget or self.committed + self.already < self.units else 0
+
+
+def run_ingest(
+    config: "IngestConfig",
+    *,
+    workers: int | None = None,
+    address: str | None = None,
+    metrics_port: int = 0,
+    metrics_host: str = "127.0.0.1",
+    verbose: bool = False,
+    stream: TextIO | None = None,
+) -> IngestSummary:
+    """Plan, convert what is not yet committed, sum up. Prints progress and the summary to `stream` (stderr).
+
+    workers: units at a time, default one a CPU. Raises UserError: nothing committed is ever lost by it.
+    """
+    say = _printer(stream)
+    began = time.monotonic()
+    with StopFlag() as stop:
+        job = plan_job(config, stream)
+        summary = IngestSummary(units=len(job.units) + len(job.done), already=len(job.done))
+        if job.units and not stop:
+            count = workers or os.cpu_count() or 1
+            metrics = Metrics("ingest")
+            with (
+                connected(address, cpus=count, verbose=verbose) as cluster,
+                endpoint(metrics, Path(config.output), "ingest", metrics_port, metrics_host) as url,
+                _scratch(cluster.local) as scratch,
+            ):
+                say(f"ingest: {len(job.units)} units on {count} workers; metrics at {url}")
+                convert = _Conversion(job, config, scratch, metrics, summary)
+                convert.run(count if workers or cluster.local else max(count, cluster.cpus), stop, stream)
+        elif not job.units:
+            say("ingest: nothing to do, every input is already in the dataset")
+        summary.interrupted = bool(stop) and summary.committed + summary.already < summary.units
+    _sum_up(summary, job, config)
+    summary.seconds = time.monotonic() - began
+    for line in summary_lines(summary, config):
+        say(line)
+    return summary
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan: the units still to do, and the ids of those that are committed."""
+
+    store: Any
+    pseudonymizer: Any
+    units: "list[Unit]"
+    done: frozenset[str]
+
+
+def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
+    """Key, dataset.json, inventory, plan; the plan is written before any work. Raises UserError."""
+    from ingest.convert import dataset_info
+    from ingest.discover import inventory
+    from ingest.plan import make_units, plan_of
+    from shards import dataset
+    from shards.commit import committed_units
+    from shards.ids import Pseudonymizer
+    from shards.plan import read_plans, write_plan
+    from shards.store import Store
+
+    names = Pseudonymizer(read_key(config.key_file), config.site)
+    store = Store(config.output)
+    info = dataset_info(config, names)
+    if store.exists(dataset.NAME):
+        dataset.open_or_create(store, info)  # refused before the sources are read
+    with Progress("ingest: looking at the sources", 0, "files", stream=stream) as progress:
+        entries = inventory(config, progress.update)
+    dataset.open_or_create(store, info)
+    planned, done = read_plans(store), committed_units(store)
+    units = make_units(entries, config, names, planned, done)
+    known = {plan.unit for plan in planned}
+    new = [plan_of(unit, names) for unit in units if unit.unit not in known]
+    if new:
+        write_plan(store, new)
+    return Job(store, names, units, frozenset(plan.unit for plan in planned if plan.unit in done))
+
+
+def read_key(file: str | None) -> bytes:
+    """The key of a file or of MEDSWAV_KEY. None is ever made up: the fix says how to create one."""
+    from shards.ids import KEY_VARIABLE, load_key
+
+    if file is None and not os.environ.get(KEY_VARIABLE):
+        raise UserError(
+            "no key for the pseudonyms: create one with `ingest key FILE` and give it with --key FILE "
+            f"(or set {KEY_VARIABLE})"
+        )
+    if file is not None and not Path(file).exists():
+        raise UserError(f"the key file {file} does not exist: create it with `ingest key {file}`")
+    return load_key(file)
+
+
+@contextlib.contextmanager
+def _scratch(local: bool) -> Iterator[str | None]:
+    """A folder for the workers' scratch on this machine; on a named cluster each node uses its own."""
+    if not local:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="medswav-scratch-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def _convert(unit: "Unit", common: tuple[str, Any, str, str | None]) -> Any:
+    """The Ray task; common: configuration as JSON, pseudonymizer, output, scratch folder.
+
+    Returns a UnitResult, or (kind, text) of an error that must not stop the other units.
+    """
+    from ingest.config import IngestConfig
+    from ingest.convert import run_unit
+
+    pin_threads()
+    config_json, names, root, scratch = common
+    config = IngestConfig.model_validate_json(config_json)
+    try:
+        with tempfile.TemporaryDirectory(prefix="medswav-unit-", dir=scratch) as folder:
+            return run_unit(unit, config, names, root, Path(folder))
+    except UserError as error:
+        return ("user", str(error))
+    except Exception as error:  # noqa: BLE001 - the boundary: Ray would log the text, which may hold a path
+        return ("error", type(error).__name__)
+
+
+class _Conversion:
+    """The driver's loop: a bounded window of tasks, results booked as they come."""
+
+    def __init__(
+        self, job: Job, config: "IngestConfig", scratch: str | None, metrics: Metrics, summary: IngestSummary
+    ) -> None:
+        import ray
+
+        self._job, self._metrics, self._summary = job, metrics, summary
+        output = str(Path(config.output).absolute())
+        # By reference: the key is then in the object store alone, and in no task's description.
+        self._common = ray.put((config.model_dump_json(), job.pseudonymizer, output, scratch))
+        self._task = ray.remote(_convert).options(
+            num_cpus=1, max_retries=RETRIES, retry_exceptions=False, runtime_env=runtime_env()
+        )
+        self._pending: dict[Any, Unit] = {}
+        self._inputs = self._refused = 0
+
+    def run(self, workers: int, stop: StopFlag, stream: TextIO | None) -> None:
+        import ray
+
+        waiting = iter(self._job.units)
+        total = len(self._job.units)
+        done = 0
+        self._metrics.set("medswav_ingest_units_remaining", total)
+        with Progress("ingest", total, "units", stream=stream) as progress:
+            while done < total and not stop:
+                self._fill(waiting, workers * WINDOW_PER_WORKER)
+                ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=POLL_SECONDS)
+                for reference in ready:
+                    self._book(reference)
+                    done += 1
+                self._metrics.set("medswav_ingest_units_remaining", total - done)
+                progress.update(done, f"{self._inputs} files, {self._refused} refused")
+            self._cancel()
+
+    def _fill(self, waiting: "Iterator[Unit]", window: int) -> None:
+        while len(self._pending) < window:
+            unit = next(waiting, None)
+            if unit is None:
+                return
+            self._pending[self._task.remote(unit, self._common)] = unit
+
+    def _cancel(self) -> None:
+        """Kill what runs: a commit is atomic, and what was not committed is done again by the next run."""
+        import ray
+
+        for reference in self._pending:
+            ray.cancel(reference, force=True)
+        self._pending.clear()
+
+    def _book(self, reference: Any) -> None:
+        import ray
+
+        self._pending.pop(reference)
+        try:
+            result = ray.get(reference)
+        except ray.exceptions.RayError as error:  # the worker died again and again: memory, a broken decoder
+            self._fail(type(error).__name__)
+            return
+        if isinstance(result, tuple):
+            kind, text = result
+            if kind == "user":  # a full or read-only disk: every other unit would meet it too
+                self._cancel()
+                raise UserError(text)
+            self._fail(text)
+            return
+        self._count(result)
+
+    def _fail(self, kind: str) -> None:
+        self._summary.failed[kind] = self._summary.failed.get(kind, 0) + 1
+        self._metrics.add("medswav_ingest_units_total", outcome="failed")
+
+    def _count(self, result: "UnitResult") -> None:
+        metrics, summary = self._metrics, self._summary
+        summary.committed += 1
+        summary.bytes_in += result.bytes_in
+        summary.bytes_out += result.bytes_out
+        self._inputs += result.inputs
+        self._refused += sum(result.reasons.values())
+        metrics.add("medswav_ingest_units_total", outcome="committed")
+        metrics.add("medswav_ingest_bytes_total", result.bytes_in, direction="read")
+        metrics.add("medswav_ingest_bytes_total", result.bytes_out, direction="written")
+        for modality, samples in result.samples.items():
+            metrics.add("medswav_ingest_shards_total", modality=modality)
+            metrics.add("medswav_ingest_files_total", samples, outcome="sample", reason="none")
+        for reason, rows in result.reasons.items():
+            metrics.add("medswav_ingest_files_total", rows, outcome="refused", reason=reason)
+        for stage, seconds in result.seconds.items():
+            metrics.observe("medswav_ingest_stage_seconds", seconds, stage=stage)
+        metrics.set("medswav_ingest_quarantine_ratio", self._refused / max(1, self._inputs))
+        metrics.set("medswav_ingest_commit_timestamp_seconds", time.time())
+
+
+def _sum_up(summary: IngestSummary, job: Job, config: "IngestConfig") -> None:
+    """The dataset's counts from its commits, the failure budget, and a sweep of what killed runs left."""
+    from shards import catalog
+    from shards.commit import list_commits, sweep
+
+    summary.samples = catalog.counts(job.store)
+    refused = catalog.quarantine(job.store)
+    summary.quarantined = dict(Counter(refused["reason"].to_pylist()).most_common())
+    summary.inputs = sum(commit.counts["inputs"] for commit in list_commits(job.store))
+    pairs = zip(refused["source"].to_pylist(), refused["reason"].to_pylist(), strict=True)
+    failed = {source for source, reason in pairs if reason in FAILED_REASONS}
+    summary.over_budget = len(failed) > config.failure_budget * max(1, summary.inputs)
+    if summary.exit_code != 130:
+        sweep(job.store, min_age_seconds=SWEEP_AGE_SECONDS)
+
+
+def summary_lines(summary: IngestSummary, config: "IngestConfig") -> list[str]:
+    """The end of `ingest run`, for people."""
+    lines = [
+        f"ingest: {summary.committed} units committed in {format_seconds(summary.seconds)}, "
+        f"{summary.already} were there before; the dataset has {summary.total} images "
+        f"of {summary.inputs} files"
+    ]
+    for modality, splits in summary.samples.items():
+        parts = ", ".join(f"{split} {count}" for split, count in splits.items())
+        lines.append(f"  {modality:6} {sum(splits.values()):8}  ({parts})")
+    if summary.quarantined:
+        lines.append(f"  refused {sum(summary.quarantined.values()):7}  " + _reasons(summary.quarantined))
+    if summary.failed:
+        lines.append(
+            f"ingest: {sum(summary.failed.values())} units failed ({_reasons(summary.failed)}); "
+            "nothing is lost: run the same command again"
+        )
+    if summary.over_budget:
+        lines.append(
+            f"ingest: more than {config.failure_budget:.1%} of the inputs crashed or did not decode "
+            "(the failure budget): look at `ingest status`, or raise failure_budget"
+        )
+    if summary.interrupted:
+        lines.append("ingest: interrupted; what is committed stays, run the same command again to go on")
+    return lines
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items())
+
+
+def _printer(stream: TextIO | None) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        print(text, file=stream or sys.stderr, flush=True)
+
+    return say

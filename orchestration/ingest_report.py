@@ -1,0 +1,128 @@
+"""What `ingest plan`, `status`, `verify` and `label` print: text for people, or JSON."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestration.progress import Progress, format_seconds
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from ingest.config import IngestConfig
+
+
+def plan_report(config: "IngestConfig", as_json: bool) -> str:
+    """What a run would meet and cost, from the headers and a decoded sample. Raises UserError."""
+    from ingest.discover import inventory
+    from ingest.estimate import estimate
+
+    with Progress("plan: looking at the sources", 0, "files") as progress:
+        entries = inventory(config, progress.update)
+    report = estimate(entries, config)
+    if as_json:
+        return json.dumps(dataclasses.asdict(report), indent=1)
+    lines = [f"files    {report.inputs} ({_megabytes(report.bytes_in)})"]
+    lines += [f"kind     {count} {kind}" for kind, count in sorted(report.kinds.items())]
+    lines += [f"{modality:8} about {count} images" for modality, count in sorted(report.images.items())]
+    lines += [f"refused  about {count} {reason}" for reason, count in sorted(report.refusals.items())]
+    lines.append(f"output   about {_megabytes(report.bytes_out)}")
+    lines.append(
+        f"time     about {format_seconds(report.core_seconds)} on one core "
+        f"(from {report.sampled} decoded files); nothing was written"
+    )
+    return "\n".join(lines)
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def status_report(dataset: Path, as_json: bool) -> str:
+    """Planned and committed units, images by modality and split, refusals by reason. Raises UserError."""
+    from shards import catalog
+    from shards.commit import list_commits
+    from shards.dataset import read_info
+    from shards.plan import read_plans
+    from shards.store import Store
+
+    store = Store(dataset)
+    info = read_info(store)
+    commits = list_commits(store)
+    planned = {unit.unit for unit in read_plans(store)}
+    done = {commit.unit for commit in commits}
+    facts: dict[str, Any] = {
+        "codec": info.codec,
+        "key_id": info.key_id,
+        "units_planned": len(planned | done),
+        "units_committed": len(done),
+        "inputs": sum(commit.counts["inputs"] for commit in commits),
+        "bytes": sum(file.size for commit in commits for file in commit.files()),
+        "samples": catalog.counts(store),
+        "quarantined": dict(Counter(catalog.quarantine(store)["reason"].to_pylist()).most_common()),
+        "labels": catalog.label_names(store),
+    }
+    return json.dumps(facts, indent=1) if as_json else "\n".join(_status_lines(facts))
+
+
+def _status_lines(facts: dict[str, Any]) -> list[str]:
+    left = facts["units_planned"] - facts["units_committed"]
+    state = "complete" if left == 0 else f"{left} to do: run the same `ingest run` again"
+    lines = [
+        f"units    {facts['units_committed']} of {facts['units_planned']} committed ({state})",
+        f"files    {facts['inputs']}",
+        f"bytes    {facts['bytes']} ({facts['codec']})",
+    ]
+    for modality, splits in facts["samples"].items():
+        parts = ", ".join(f"{split} {count}" for split, count in splits.items())
+        lines.append(f"{modality:8} {sum(splits.values())} images ({parts})")
+    for reason, count in facts["quarantined"].items():
+        lines.append(f"refused  {count} {reason}")
+    lines.append(f"labels   {', '.join(facts['labels']) or 'none'}")
+    return lines
+
+
+def verify_report(dataset: Path, deep: bool, as_json: bool) -> tuple[bool, str]:
+    """(clean, text). Raises UserError where `dataset` is none."""
+    from shards.verify import verify
+
+    report = verify(dataset, deep=deep)
+    if as_json:
+        return report.clean, json.dumps(dataclasses.asdict(report) | {"clean": report.clean}, indent=1)
+    lines = [str(problem) for problem in report.problems]
+    what = "every file hashed, every image decoded" if deep else "sizes and indexes; --deep checks contents"
+    lines.append(
+        f"{'clean' if report.clean else f'{len(report.problems)} problems'}: {report.units} units, "
+        f"{report.samples} images, {report.quarantined} refusals, {report.size} bytes ({what})"
+    )
+    if report.orphans:
+        lines.append(f"{len(report.orphans)} files that no commit names (harmless: no reader sees them)")
+    return report.clean, "\n".join(lines)
+
+
+def label_report(
+    dataset: Path, csv: Path, key: Path | None, site: str | None, name: str, sources: list[Path] | None = None
+) -> str:
+    """Join a CSV to a dataset; what matched. Raises UserError, also when the key is not the dataset's."""
+    from ingest.labels import join_labels
+    from orchestration.ingest_job import read_key
+    from shards.dataset import read_info
+    from shards.ids import Pseudonymizer
+    from shards.store import Store
+
+    names = Pseudonymizer(read_key(str(key) if key else None), site or "")
+    info = read_info(Store(dataset))
+    if names.key_id != info.key_id:
+        raise UserError(
+            f"the key is not the one of the dataset (its id is {info.key_id}, this one's {names.key_id}): "
+            "give the key of `ingest run`"
+        )
+    table = join_labels(dataset, csv, names, name, sources=sources or ())
+    counts = Counter(table["label"].to_pylist())
+    lines = [f"{table.num_rows} images labelled in labels/{name}.parquet"]
+    lines += [f"  {value}: {count}" for value, count in counts.most_common(20)]
+    unmatched = int((table.schema.metadata or {}).get(b"unmatched", b"0"))
+    if unmatched:
+        lines.append(f"{unmatched} rows of the table have no label or match no image")
+    return "\n".join(lines)

@@ -1,0 +1,451 @@
+"""`medswav pretrain`: Ray Train around trainer.loop.train, batches from augmentation actors.
+
+State that survives anything: (configuration, step, checkpoint), all of it in the run folder. A killed rank
+makes Ray Train start the ranks again; a killed augmentation actor is restarted by Ray Core; a killed driver
+is started again by the user or by the job wrapper. Each goes on from the newest checkpoint, with the same
+losses. SIGTERM or Ctrl-C: all ranks stop after the same step, save a checkpoint, exit code 130.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from orchestration.cluster import OBJECT_STORE_BYTES, THREAD_ENV, StopFlag, connected
+from orchestration.feed import DEPTH, Feed, make_batches, object_store_bytes
+from orchestration.metrics import Metrics, endpoint, observe_step
+from orchestration.progress import Progress
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.batches import Batch
+    from trainer.config import TrainConfig
+    from trainer.prepare import Prepared
+
+POLL_SECONDS = 0.25
+STOP_TIMEOUT_SECONDS = 280.0  # below the stop time that `medswav submit` asks of Ray
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """`step`: optimizer steps done. `finished`: all of max_steps. `restarts`: of the ranks, in this call."""
+
+    step: int
+    finished: bool
+    restarts: int
+    seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.finished else 130
+
+
+class TrainingFailedError(Exception):
+    """The ranks failed again and again without getting on; exit code 1."""
+
+
+@dataclass
+class ControlState:
+    """What the ranks told since the last look: metrics of steps, steps to begin with, failures of the ranks
+    and the newest error; what ends the job (a user's mistake, a fatal error, the result) stays."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    failures: int = 0
+    user_error: str | None = None
+    fatal: str | None = None
+    error: str | None = None
+    result: dict[str, Any] | None = None
+
+
+class Control:
+    """The mailbox between the driver and the ranks: an actor of a few fields, on the driver's node."""
+
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
+        self._state = ControlState()
+
+    async def wait_stop(self) -> bool:
+        """Returns when a stop is asked for; every rank keeps one call open: asking costs no step time."""
+        await self._stop.wait()
+        return True
+
+    async def request_stop(self) -> None:
+        self._stop.set()
+
+    async def tell(self, kind: str, value: Any) -> None:
+        if kind == "step":
+            self._state.steps.append(value)
+        elif kind == "start":
+            self._state.starts.append(value)
+        elif kind == "failure":
+            self._state.failures += 1
+            self._state.error = self._state.error or value
+        else:
+            setattr(self._state, kind, value)
+
+    async def drain(self) -> ControlState:
+        """What was told; steps, starts and failures are handed out once."""
+        state = self._state
+        self._state = ControlState(user_error=state.user_error, fatal=state.fatal, result=state.result)
+        return state
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """All that a rank needs, in plain values."""
+
+    config_json: str
+    run_dir: str
+    feeders: int
+    bands: Any
+    dataset_fingerprint: str
+    control: Any  # actor handle
+
+
+# --- in the rank processes ------------------------------------------------------------------------------
+
+
+def run_rank(settings: dict[str, Any]) -> None:
+    """The function that Ray Train runs on every rank, the process group being there already."""
+    import ray
+
+    from trainer.meter import NotFiniteError
+
+    given: RankSettings = settings["rank"]
+    try:
+        _train(given)
+    except (UserError, NotFiniteError) as error:
+        kind = "user_error" if isinstance(error, UserError) else "fatal"
+        ray.get(given.control.tell.remote(kind, str(error)))
+        time.sleep(60)  # a raise would have Ray Train start the ranks over before the driver ends the job
+        raise
+    except Exception as error:
+        ray.get(given.control.tell.remote("error", f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _train(given: RankSettings) -> None:
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from trainer.config import TrainConfig
+    from trainer.loop import train
+
+    config = TrainConfig.model_validate_json(given.config_json)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads)
+    stop = _watch_stop(given.control)
+    arguments = (given.config_json, rank, world, given.bands)
+    with Feed(make_batches, arguments, given.feeders, config.max_steps) as feed:
+        source = _Source(feed, given.control if rank == 0 else None)
+        result = train(
+            config,
+            source,
+            Path(given.run_dir),
+            rank=rank,
+            world=world,
+            device=device,
+            dataset_fingerprint=given.dataset_fingerprint,
+            on_metrics=source.report if rank == 0 else None,
+            should_stop=stop.is_set,
+        )
+    if rank == 0:
+        ended = {"step": result.step, "finished": result.finished}
+        ray.get(given.control.tell.remote("result", ended))
+
+
+def _watch_stop(control: Any) -> threading.Event:
+    """An event that the driver sets. When the driver is gone, so is its mailbox: then the rank ends at once,
+    and does not go on writing beside the next attempt."""
+    import ray
+
+    event = threading.Event()
+
+    def watch() -> None:
+        try:
+            ray.get(control.wait_stop.remote())
+        except ray.exceptions.RayActorError:
+            os._exit(1)
+        event.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    return event
+
+
+class _Source:
+    """next_batch of a rank; rank 0 also sends what the driver shows and serves, without waiting."""
+
+    def __init__(self, feed: Feed, control: Any | None) -> None:
+        self._feed, self._control = feed, control
+        self._began = False
+        self._loader: dict[str, float] = {}
+
+    def __call__(self, step: int) -> "Batch":
+        if not self._began:
+            self._began = True
+            if self._control is not None:
+                self._control.tell.remote("start", step)
+        batch = self._feed(step)
+        if self._control is not None:
+            self._loader = {f"loader/{name}": seconds for name, seconds in batch.seconds.items()}
+            self._loader["loader/depth"] = float(self._feed.depth)
+        return batch
+
+    def report(self, metrics: dict[str, float]) -> None:
+        if self._control is not None:
+            values = {name: float(value) for name, value in metrics.items()} | self._loader
+            self._control.tell.remote("step", values)
+
+
+# --- in the driver --------------------------------------------------------------------------------------
+
+
+def pretrain(
+    config: "TrainConfig",
+    run_dir: Path,
+    workers: int = 2,
+    feeders: int = 1,
+    *,
+    address: str | None = None,
+    gpu: bool | None = None,
+    max_failures: int = 3,
+    metrics_port: int = 0,
+    metrics_host: str = "127.0.0.1",
+    verbose: bool = False,
+    stream: TextIO | None = None,
+) -> PretrainResult:
+    """Train to config.max_steps on `workers` ranks with `feeders` augmentation actors each.
+
+    Everything is written below run_dir, which all nodes must see. max_failures: restarts in a row without a
+    step gained. Raises UserError (configuration, disk), TrainingFailedError.
+    """
+    say = _printer(stream)
+    run_dir = run_dir.absolute()
+    prepared = check(config, run_dir, workers, say)
+    if is_complete(config, run_dir, prepared.dataset_fingerprint):
+        say(f"pretrain: nothing to do, the run is complete at step {config.max_steps}")
+        return PretrainResult(config.max_steps, True, 0, 0.0)
+    store = object_store_bytes(config, workers, DEPTH, OBJECT_STORE_BYTES)
+    cpus = workers * (1 + feeders) + 1
+    began = time.monotonic()
+    metrics = Metrics("train")
+    with (
+        StopFlag() as stop,
+        connected(address, cpus=cpus, object_store_bytes=store, verbose=verbose) as cluster,
+        endpoint(metrics, run_dir, "pretrain", metrics_port, metrics_host) as url,
+    ):
+        use_gpu = choose_gpu(gpu, workers)
+        device = "GPU" if use_gpu else "CPU"
+        say(f"pretrain: {workers} ranks on {device}, {feeders} augmentation actors each; metrics at {url}")
+        if not cluster.local and cluster.cpus < cpus:
+            say(f"pretrain: the cluster has {cluster.cpus} CPUs, the job wants {cpus}: waiting for more")
+        job = _Job(config, run_dir, metrics, max_failures, stop, say, stream)
+        step, finished, restarts = job.run(workers, feeders, prepared, use_gpu)
+    return PretrainResult(step, finished, restarts, time.monotonic() - began)
+
+
+def check(config: "TrainConfig", run_dir: Path, workers: int, say: Callable[[str], None]) -> "Prepared":
+    """Refuse what can be refused before anything starts; fit the band statistics, once. Raises UserError."""
+    from trainer.batches import BatchMaker
+    from trainer.config import check_world
+    from trainer.prepare import dataset_fingerprint, prepare
+
+    check_world(config, workers)
+    if not config.data.dataset:
+        raise UserError("data.dataset is not set: name the folder of the dataset, data.dataset=FOLDER")
+    dataset_fingerprint(config.data.dataset)  # is it one?
+    if config.views.energy_probability > 0 and not (run_dir / "bands.json").is_file():
+        say("pretrain: fitting the band statistics")
+    prepared = prepare(config, run_dir)
+    _ = BatchMaker(config, 0, workers, prepared.bands).counts  # every modality has images
+    return prepared
+
+
+def is_complete(config: "TrainConfig", run_dir: Path, dataset_fingerprint: str) -> bool:
+    """Nothing is left to do in a run folder. Raises UserError when it holds another run."""
+    if not any((run_dir / "checkpoints").glob("step-*")):
+        return False  # and no torch is imported
+    from trainer import checkpoint
+
+    found = checkpoint.newest(run_dir)
+    if found is None:
+        return False
+    checkpoint.check_same_run(found.state, config, dataset_fingerprint)
+    return found.step >= config.max_steps and (run_dir / "encoder.safetensors").is_file()
+
+
+def choose_gpu(gpu: bool | None, workers: int) -> bool:
+    """A GPU a rank where the cluster has them; `gpu` decides otherwise. Raises UserError for too few."""
+    import ray
+
+    available = int(ray.cluster_resources().get("GPU", 0))
+    if gpu is False or (gpu is None and available == 0):
+        return False
+    if available < workers:
+        raise UserError(
+            f"{workers} ranks want a GPU each and the cluster has {available}: use fewer --ranks, or --cpu"
+        )
+    return True
+
+
+class _Job:
+    """The driver's side of one run: starts Ray Train in a thread, books what the ranks tell."""
+
+    def __init__(
+        self,
+        config: "TrainConfig",
+        run_dir: Path,
+        metrics: Metrics,
+        max_failures: int,
+        stop: StopFlag,
+        say: Callable[[str], None],
+        stream: TextIO | None,
+    ) -> None:
+        self._config, self._run_dir, self._metrics, self._stop = config, run_dir, metrics, stop
+        self._max_failures, self._say, self._stream = max_failures, say, stream
+        self._began = False  # a rank has asked for a batch
+        self._restarts = 0
+        self._fruitless, self._saved = 0, 0  # failures since the newest checkpoint, and its step
+        self._last: dict[str, float] = {}
+        self._failure: BaseException | None = None
+
+    def run(self, workers: int, feeders: int, prepared: "Prepared", use_gpu: bool) -> tuple[int, bool, int]:
+        """(step, finished, restarts)."""
+        import ray
+
+        control: Any = ray.remote(Control).options(num_cpus=0).remote()
+        settings = RankSettings(
+            self._config.model_dump_json(),
+            str(self._run_dir),
+            feeders,
+            prepared.bands,
+            prepared.dataset_fingerprint,
+            control,
+        )
+        thread = threading.Thread(
+            target=self._fit, args=(settings, control, workers, use_gpu), name="ray-train", daemon=True
+        )
+        thread.start()
+        asked_at = None
+        with Progress("pretrain", self._config.max_steps, "steps", stream=self._stream) as progress:
+            while True:
+                alive = thread.is_alive()  # before the look, so that the last words are not missed
+                state: ControlState = ray.get(control.drain.remote(), timeout=60)
+                self._book(state, progress)
+                if not alive:
+                    break
+                if self._stop and asked_at is None:
+                    asked_at = time.monotonic()
+                    self._say(
+                        "pretrain: stopping after this step; a checkpoint is saved (again: stop at once)"
+                    )
+                    control.request_stop.remote()
+                    if not self._began:
+                        return 0, False, 0  # no rank has begun: nothing to save
+                if asked_at is not None and time.monotonic() - asked_at > STOP_TIMEOUT_SECONDS:
+                    raise TrainingFailedError("the ranks did not stop in time; the last checkpoint stands")
+                thread.join(POLL_SECONDS)
+        if state.result is None:
+            raise TrainingFailedError(state.error or _short(self._failure))
+        return int(state.result["step"]), bool(state.result["finished"]), self._restarts
+
+    def _fit(self, settings: RankSettings, control: Any, workers: int, use_gpu: bool) -> None:
+        import ray
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+        threads = {**THREAD_ENV, "OMP_NUM_THREADS": str(self._config.threads)}
+        trainer = TorchTrainer(
+            run_rank,
+            train_loop_config={"rank": settings},
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+            run_config=RunConfig(
+                name="train",  # of an empty folder: what we save does not go through Ray
+                storage_path=str(self._run_dir / "ray"),
+                failure_config=FailureConfig(max_failures=-1),  # the driver counts: it sees the checkpoints
+                callbacks=[_failure_callback(control)],
+                worker_runtime_env={"env_vars": threads},
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            trainer.fit()
+        except (ray.exceptions.RayError, ray.train.TrainingFailedError, RuntimeError) as error:
+            self._failure = error
+
+    def _book(self, state: ControlState, progress: Progress) -> None:
+        """Metrics, progress and the failures without headway. Raises UserError, TrainingFailedError."""
+        if state.user_error is not None:
+            raise UserError(state.user_error)
+        if state.fatal is not None:
+            raise TrainingFailedError(state.fatal)
+        for _ in range(state.failures):
+            self._count_failure(state.error)
+        for start in state.starts:
+            if self._began or start:
+                self._say(f"pretrain: all ranks go on from step {start}")
+            if not self._began:
+                self._began = True
+                progress.restart(start)
+        for step in state.steps:
+            observe_step(self._metrics, step)
+            self._last = step
+        if state.steps:
+            progress.update(int(self._last["step"]) + 1, _note(self._last))
+
+    def _count_failure(self, error: str | None) -> None:
+        from trainer.checkpoint import list_steps
+
+        newest = max(list_steps(self._run_dir), default=0)
+        self._fruitless = 1 if newest > self._saved else self._fruitless + 1
+        self._saved = newest
+        self._restarts += 1
+        self._metrics.add("medswav_train_restarts_total")
+        if 0 <= self._max_failures < self._fruitless:
+            why = error or "a rank was killed"
+            raise TrainingFailedError(
+                f"the ranks failed {self._fruitless} times without a new checkpoint: {why}"
+            )
+        self._say(f"pretrain: a rank failed ({error or 'killed'}); starting the ranks again")
+
+
+def _failure_callback(control: Any) -> Any:
+    """Tells the mailbox of each failure of the ranks; it runs in Ray Train's controller."""
+    from ray.train import UserCallback
+
+    class TellFailure(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            kinds = sorted({type(error).__name__ for error in worker_exceptions.values()})
+            control.tell.remote("failure", ", ".join(kinds))
+
+    return TellFailure()
+
+
+def _note(step: Mapping[str, float]) -> str:
+    wait, seconds = step.get("wait_seconds", 0.0), step.get("step_seconds", 0.0)
+    share = f", data wait {100 * wait / seconds:.0f} %" if seconds else ""
+    return f"loss - ln K {step.get('loss_minus_ln_k', float('nan')):+.3f}{share}"
+
+
+def _short(error: BaseException | None) -> str:
+    if error is None:
+        return "the ranks ended without a result"
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _printer(stream: TextIO | None) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        print(text, file=stream or sys.stderr, flush=True)
+
+    return say
