@@ -37,7 +37,7 @@ TENSORS, STATE, MANIFEST, LATEST = "state.safetensors", "state.json", "manifest.
 _NAME = re.compile(r"step-(\d{8,})$")
 # What may change between two attempts of one run: none of it changes a sample (threads may move the last
 # bits of a loss). The dataset may move to another folder: what it holds is held to its fingerprint.
-FREE_SETTINGS = ("threads", "log_every_steps", "checkpoint.", "data.dataset")
+FREE_SETTINGS = ("threads", "log_every_steps", "checkpoint.", "data.dataset", "data.cache_bytes")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ def load(run_dir: Path, step: int) -> Checkpoint:
         raise UserError(
             f"checkpoint format {state.get('format')} is not {FORMAT_VERSION}: use the version that wrote it"
         )
-    return Checkpoint(step, safetensors.torch.load(contents[TENSORS]), state)
+    # Cloned: as read they are unaligned views of one buffer, which any one of them would keep in memory.
+    tensors = {name: value.clone() for name, value in safetensors.torch.load(contents[TENSORS]).items()}
+    return Checkpoint(step, tensors, state)
 
 
 def sweep(run_dir: Path) -> None:

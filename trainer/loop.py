@@ -6,6 +6,7 @@ the same losses, exactly on a CPU, as one that was not.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,16 +129,24 @@ def build_state(run: Run) -> TrainState:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, config.optim)
     if run.world > 1:
-        model = DistributedDataParallel(
+        model = in_parallel(model, run.device)
+    return TrainState(model, optimizer, build_queue(config, run.device))
+
+
+def in_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """Gradients averaged over the ranks."""
+    on_gpu = device.type == "cuda"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor: torch >= 2.13
+        return DistributedDataParallel(
             model,
-            device_ids=[run.device] if on_gpu else None,
+            device_ids=[device] if on_gpu else None,
             # Running batch statistics play no part in training; rank 0's are saved. Gradients are summed in
             # buckets whose layout DDP changes after its first step, unless it looks for unused parameters:
             # with three ranks or more that would move the last bits of the step after a resume.
             broadcast_buffers=False,
             find_unused_parameters=not on_gpu,
         )
-    return TrainState(model, optimizer, build_queue(config, run.device))
 
 
 def resume(run: Run, state: TrainState) -> int:
@@ -157,11 +166,20 @@ def resume(run: Run, state: TrainState) -> int:
     step = int(from_rank_zero(decide, rank=run.rank, world=run.world, device=run.device)["step"])
     if step > 0:
         found = checkpoint.load(run.folder, step)
-        unwrap(state.model).load_state_dict(found.part("model"))
+        restore_model(unwrap(state.model), found.part("model"))
         checkpoint.restore_optimizer(state.optimizer, found.part("optimizer"))
         if state.queue is not None:
             state.queue.load_state_dict(found.part("queue"))
     return step
+
+
+@torch.no_grad()
+def restore_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Strict, and to the last bit: prototypes normalise themselves after a load, and again in the forward,
+    which would be once more than in a run that was not interrupted."""
+    model.load_state_dict(saved)
+    for name, value in model.state_dict().items():
+        value.copy_(saved[name])
 
 
 def save(run: Run, state: TrainState, step: int) -> None:
@@ -235,7 +253,10 @@ def fixed_compute(run: Run) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     debugging.fill_uninitialized_memory = False  # costs time and changes no result of ours
     try:
-        yield
+        with warnings.catch_warnings():
+            # DDP: 1x1 kernels have several layouts that are all contiguous; nothing to be done about it.
+            warnings.filterwarnings("ignore", "Grad strides do not match")
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)

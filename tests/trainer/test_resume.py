@@ -1,0 +1,211 @@
+"""G11 and the promises of the loop: an interrupted run gives exactly the losses of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shards.errors import UserError
+from tests.dist import run_ranks
+from tests.trainer.fake import FINGERPRINT, FakeBatches, tiny
+from trainer import checkpoint, journal
+from trainer.batches import Batch
+from trainer.config import TrainConfig
+from trainer.loop import TrainResult, train
+from trainer.meter import NotFiniteError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(run_dir: Path, config: TrainConfig | None = None, next_batch=None, **options) -> TrainResult:
+    config = config or tiny()
+    options = {"dataset_fingerprint": FINGERPRINT, **options}
+    return train(config, next_batch or FakeBatches(config), run_dir, **options)
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = journal.read(journal.journal_path(run_dir))
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row["loss"] for row in rows]
+
+
+def stop_after(n: int):
+    """A should_stop that says yes when it is asked for the n-th time."""
+    asked = iter(range(1, 1000))
+    return lambda: next(asked) >= n
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("straight")
+    run(run_dir)
+    return run_dir
+
+
+def driver(*arguments: object, ranks: int = 1) -> int:
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    command += ["tests.trainer.driver", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=200, check=False)
+    return done.returncode
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_killed_trainer_goes_on_with_exactly_the_same_losses(tmp_path, straight, step):
+    assert driver(tmp_path, step, 0) == -signal.SIGKILL
+    assert len(losses(tmp_path)) == step
+    run(tmp_path)
+    assert losses(tmp_path) == losses(straight)
+    assert encoder_bytes(tmp_path) == encoder_bytes(straight)
+
+
+def encoder_bytes(run_dir: Path) -> bytes:
+    return (run_dir / "encoder.safetensors").read_bytes()
+
+
+def test_one_of_two_ranks_killed_and_the_job_goes_on_exactly(tmp_path):
+    run_ranks(_rank, 2, str(tmp_path / "straight"), 1000)
+    assert driver(tmp_path / "killed", 8, 1, ranks=2) != 0
+    assert checkpoint.list_steps(tmp_path / "killed") == [3, 6]
+    assert driver(tmp_path / "killed", ranks=2) == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert encoder_bytes(tmp_path / "killed") == encoder_bytes(tmp_path / "straight")
+
+
+def test_a_stop_saves_that_step_and_goes_on_exactly(tmp_path, straight):
+    stopped = run(tmp_path, should_stop=stop_after(5))
+    assert (stopped.step, stopped.finished) == (5, False)
+    assert checkpoint.list_steps(tmp_path)[-1] == 5
+    resumed = run(tmp_path)
+    assert (resumed.started_at, resumed.finished) == (5, True)
+    assert stopped.losses + resumed.losses == losses(tmp_path) == losses(straight)
+
+
+def test_a_corrupted_newest_checkpoint_falls_back_to_the_one_before(tmp_path, straight):
+    run(tmp_path, should_stop=stop_after(7))
+    tensors = checkpoint.path_of(tmp_path, 7) / checkpoint.TENSORS
+    data = bytearray(tensors.read_bytes())
+    data[len(data) // 2] ^= 1
+    tensors.write_bytes(data)
+    assert run(tmp_path).started_at == 6
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_a_complete_run_returns_at_once_and_says_so(straight):
+    def never(step: int) -> Batch:
+        raise AssertionError("a batch was asked for")
+
+    before = encoder_bytes(straight)
+    result = run(straight, next_batch=never)
+    assert (result.finished, result.was_complete, result.step) == (True, True, 12)
+    assert encoder_bytes(straight) == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny(optim__learning_rate=1e30, optim__optimizer="larc-sgd", optim__larc_trust=1e30)
+    with pytest.raises(NotFiniteError, match="not finite after step"):
+        run(tmp_path, config)
+    for step in checkpoint.list_steps(tmp_path):
+        tensors = checkpoint.load(tmp_path, step).part("model")
+        assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_settings_that_change_no_sample_may_change_on_resume(tmp_path, straight):
+    run(tmp_path, should_stop=stop_after(4))
+    run(
+        tmp_path,
+        tiny(log_every_steps=3, checkpoint__every_steps=5, checkpoint__keep=1, data__dataset="moved"),
+    )
+    assert losses(tmp_path) == pytest.approx(losses(straight), abs=1e-6)
+    assert checkpoint.list_steps(tmp_path) == [12]
+
+
+@pytest.mark.parametrize(
+    ("config", "fingerprint", "text"),
+    [
+        (
+            tiny(optim__learning_rate=0.5, seed=3),
+            FINGERPRINT,
+            r"learning_rate was 0\.002, now 0\.5; seed was 0",
+        ),
+        (tiny(), "other", "another dataset: fingerprint was madeup, now other"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path, config, fingerprint, text):
+    run(tmp_path, should_stop=stop_after(2))
+    before = losses(tmp_path)
+    with pytest.raises(UserError, match=text):
+        run(tmp_path, config, dataset_fingerprint=fingerprint)
+    assert losses(tmp_path) == before
+
+
+def test_metrics_hold_all_names_on_logged_steps_and_count_every_sample(tmp_path):
+    seen: list[dict[str, float]] = []
+    run(tmp_path, on_metrics=seen.append)
+    assert [m["step"] for m in seen] == [0, 4, 8, 11]
+    assert sum(m["samples"] for m in seen) == 12 * 8
+    names = {"loss", "loss_minus_ln_k", "learning_rate", "step_seconds", "wait_seconds"}
+    assert all(names | {"m/ct/dead_prototypes", "m/xr/effective_rank"} <= m.keys() for m in seen)
+
+
+def test_a_batch_of_another_shape_is_not_trained_on(tmp_path):
+    with pytest.raises(ValueError, match="batch 0 is not as configured"):
+        run(tmp_path, next_batch=FakeBatches(tiny(data__batch_size=16)))
+
+
+def test_threads_and_determinism_are_put_back(tmp_path):
+    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    run(tmp_path, tiny(max_steps=1))
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+def _rank(rank: int, world: int, run_dir: str, stop_step: int) -> tuple[int, bool, list[str]]:
+    """Rank 1 alone sees the signal, after stop_step steps."""
+    config = tiny()
+    keys: list[str] = []
+    batches = FakeBatches(config, rank, world)
+
+    def next_batch(step: int) -> Batch:
+        batch = batches(step)
+        keys.extend(batch.keys)
+        return batch
+
+    should_stop = stop_after(stop_step) if rank == world - 1 else None
+    result = run(Path(run_dir), config, next_batch, rank=rank, world=world, should_stop=should_stop)
+    return result.step, result.finished, keys
+
+
+def test_all_ranks_stop_after_the_same_step_and_another_world_size_goes_on(tmp_path):
+    first = run_ranks(_rank, 2, str(tmp_path), 5)
+    assert [(step, finished) for step, finished, _ in first] == [(5, False), (5, False)]
+    keys = first[0][2] + first[1][2]
+    more: list[str] = []
+    batches = FakeBatches(tiny())
+
+    def next_batch(step: int) -> Batch:
+        more.extend(batches(step).keys)
+        return batches(step)
+
+    resumed = run(tmp_path, next_batch=next_batch)
+    assert (resumed.started_at, resumed.finished) == (5, True)
+    assert sorted(keys + more) == sorted(f"{m}{i}" for m in ("ct", "xr") for i in range(12 * 4))
+    assert len(losses(tmp_path)) == 12
+
+
+def _refused_rank(rank: int, world: int, run_dir: str) -> str:
+    with pytest.raises(UserError) as caught:
+        run(Path(run_dir), tiny(seed=9), rank=rank, world=world)
+    return type(caught.value).__name__ + str(caught.value)
+
+
+def test_rank_zero_refuses_for_all(tmp_path):
+    run(tmp_path, should_stop=stop_after(1))
+    texts = run_ranks(_refused_rank, 2, str(tmp_path))
+    assert texts[0].startswith("UserError") and texts[1].startswith("ReportedError")
+    assert all("seed was 0, now 9" in text for text in texts)

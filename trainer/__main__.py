@@ -1,0 +1,167 @@
+"""Pretraining without Ray: `python -m trainer`, or on several ranks
+
+    torchrun --nproc-per-node 2 -m trainer --preset demo --set data.dataset=DATASET --run-dir RUN
+
+The same command again continues the run. Exit code: 0 finished, 1 failed, 2 a mistake in the settings (one
+line says what to change), 130 stopped by SIGTERM or Ctrl-C with a checkpoint saved.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shards.errors import UserError
+from trainer.config import TrainConfig, check_world, load_config
+
+if TYPE_CHECKING:  # imported where it is needed: a mistake in the settings is told at once
+    import torch
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        config = load_config(options.preset, options.set)
+        check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except UserError as error:
+        return _mistake(error, first_only=True)  # every rank sees the same
+    return run(config, Path(options.run_dir), workers=options.workers, device_name=options.device)
+
+
+def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -> int:
+    """Train to the end or to a signal; the exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on find_unused_parameters
+    import torch
+
+    from trainer.distributed import ReportedError, from_rank_zero, process_group
+    from trainer.loop import train
+    from trainer.meter import NotFiniteError
+    from trainer.prepare import load_bands, prepare
+    from trainer.workers import BatchMaker, BatchWorkers
+
+    def show(metrics: dict[str, float]) -> None:
+        print(progress_line(metrics, config.max_steps), file=sys.stderr, flush=True)
+
+    try:
+        device = _device(device_name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with stop_flag() as stop, process_group(device) as (rank, world):
+
+            def fingerprint() -> dict[str, str]:
+                return {"dataset": prepare(config, run_dir).dataset_fingerprint}
+
+            dataset = from_rank_zero(fingerprint, rank=rank, world=world, device=device)["dataset"]
+            bands = load_bands(config, run_dir)
+            feed = (
+                BatchWorkers(config, rank, world, bands, workers=workers, stop=config.max_steps)
+                if workers
+                else nullcontext(BatchMaker(config, rank, world, bands))
+            )
+            with feed as next_batch:
+                result = train(
+                    config,
+                    next_batch,
+                    run_dir,
+                    rank=rank,
+                    world=world,
+                    device=device,
+                    dataset_fingerprint=dataset,
+                    on_metrics=show if rank == 0 else None,
+                    should_stop=lambda: stop.is_set,
+                )
+    except ReportedError:
+        return UserError.exit_code
+    except UserError as error:
+        return _mistake(error)
+    except NotFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if rank == 0:
+        _tell(result.step, result.finished, result.was_complete, run_dir)
+    return 0 if result.finished else INTERRUPTED
+
+
+class StopFlag:
+    is_set = False
+
+
+@contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """Set by the first SIGTERM or Ctrl-C; the second one ends the process at once."""
+    flag = StopFlag()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def note(number: int, _: object) -> None:
+        flag.is_set = True
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in signals:
+        signal.signal(number, note)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def progress_line(metrics: dict[str, float], max_steps: int) -> str:
+    """One line a logged step, with the time that is left at the speed of the last steps."""
+    step, seconds = int(metrics["step"]) + 1, metrics["step_seconds"]
+    left = round((max_steps - step) * seconds)
+    clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    return (
+        f"step {step}/{max_steps}  loss {metrics['loss']:.4f}  minus ln K {metrics['loss_minus_ln_k']:+.4f}  "
+        f"{seconds:.3f} s/step ({metrics['wait_seconds']:.3f} s waiting)  {clock} left"
+    )
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("no GPU can be used here: leave --device away, or use --device cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _tell(step: int, finished: bool, was_complete: bool, run_dir: Path) -> None:
+    encoder = run_dir / "encoder.safetensors"
+    if was_complete:
+        print(f"nothing to do: the run was complete at step {step}; the encoder is {encoder}")
+    elif finished:
+        print(f"finished {step} steps; the encoder is {encoder}")
+    else:
+        print(f"stopped at step {step}, checkpoint saved: the same command continues")
+
+
+def _mistake(error: UserError, *, first_only: bool = False) -> int:
+    if not first_only or os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="trainer", description="Multi-modality SwAV pretraining.")
+    parser.add_argument("--preset", required=True, help="a preset's name or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="change a setting")
+    parser.add_argument("--run-dir", required=True, help="folder of checkpoints, metrics and the encoder")
+    parser.add_argument("--workers", type=int, default=1, help="batch processes of each rank; 0: none")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

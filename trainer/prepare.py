@@ -1,0 +1,62 @@
+"""What a run needs from its dataset before the first step; imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.commit import committed_units
+from shards.dataset import read_info
+from shards.errors import UserError
+from shards.ids import digest
+from shards.store import Store
+from trainer.augment.bands import BandStatistics, load_statistics, save_statistics
+from trainer.batches import fit_bands
+from trainer.config import TrainConfig
+from trainer.files import disk_full_is_clear, new_attempt
+
+Bands = Mapping[str, BandStatistics]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    dataset_fingerprint: str
+    bands: Bands | None
+
+
+def prepare(config: TrainConfig, run_dir: Path) -> Prepared:
+    """Identify the dataset and have its band statistics at hand, fitted into RUN/bands.json if the
+    configuration names no file. For one process of a run; the others call `load_bands`. Raises UserError.
+
+    A run that has a checkpoint keeps the statistics it began with; the fit is a function of dataset and
+    configuration, so nothing is lost when it is made again.
+    """
+    if not config.data.dataset:
+        raise UserError("data.dataset is not set: name the folder of the dataset, data.dataset=FOLDER")
+    fingerprint = dataset_fingerprint(config.data.dataset)
+    path = run_dir / "bands.json"
+    begun = any((run_dir / "checkpoints").glob("step-*"))
+    if _needs_fit(config) and not (begun and path.is_file()):
+        with disk_full_is_clear("writing the band statistics"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"bands.json.tmp-{new_attempt()}")
+            save_statistics(temporary, fit_bands(config))
+            temporary.rename(path)
+    return Prepared(fingerprint, load_bands(config, run_dir))
+
+
+def load_bands(config: TrainConfig, run_dir: Path) -> Bands | None:
+    """The band statistics of a prepared run; None where the energy augmentation is off."""
+    if config.views.energy_probability == 0:
+        return None
+    return load_statistics(config.views.band_statistics or run_dir / "bands.json")
+
+
+def dataset_fingerprint(root: str) -> str:
+    """Changes when units are added to a dataset or another dataset takes its place. Raises UserError."""
+    store = Store(root)
+    info = read_info(store)
+    return digest(info.fingerprint, info.key_id, *sorted(committed_units(store)))
+
+
+def _needs_fit(config: TrainConfig) -> bool:
+    return config.views.energy_probability > 0 and config.views.band_statistics is None
