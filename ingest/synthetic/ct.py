@@ -63,14 +63,14 @@ class _Body:
             heart=u(0.75, 1.2),
             fat=u(0.03, 0.12),
             turn=u(-0.15, 0.15),
-            scale=u(0.9, 1.04),
+            scale=u(0.98, 1.14),
             field_mm=u(300, 420),
             lung_hu=u(-880, -780),
             contrast_hu=u(0, 180),
             noise_hu=u(15, 60),
             kernel=u(0.5, 1.1),
-            burden=u(90, 170),
-            radius=u(0.022, 0.036),
+            burden=u(150, 240),
+            radius=u(0.03, 0.042),
         )
 
 
@@ -79,7 +79,7 @@ def _slice(
 ) -> Image:
     level = (index + 0.5) / slices  # 0 apex side, 1 base side
     # The same generator for every slice: one warp a patient.
-    y, x = coordinates(np.random.default_rng(seed), shape, body.turn, 0.06, body.scale, 0.03)
+    y, x = coordinates(np.random.default_rng(seed), shape, body.turn, 0.04, body.scale, 0.02)
     skin = ellipse(y, x, (0, 0), (body.height, body.width))
     muscle = ellipse(y, x, (0, 0), (body.height - body.fat, body.width - body.fat))
     lungs = _lungs(y, x, body, level)
@@ -96,14 +96,14 @@ def _slice(
     hu = _bones(hu, y, x, body, level)
     vessels = streaks(rng, shape, pick(rng, lungs, 14), 0.1 * shape[0], 0.012 * shape[0])
     hu += 260 * vessels * lungs
-    hu += body.burden * finding(rng, lungs, positive, 26, body.radius * shape[0])
+    hu += body.burden * finding(rng, lungs, positive, 20, body.radius * shape[0])
     hu += ellipse(y, x, (0.93, 0), (0.02, 0.8)) * 250  # the table
     hu = blur(hu, body.kernel)
     return np.asarray(hu + body.noise_hu * noise(rng, shape, 0.7 * body.kernel), np.float32)
 
 
 def _lungs(y: Image, x: Image, body: _Body, level: float) -> Image:
-    high, wide = (0.44 + 0.1 * level) * body.lung, (0.3 + 0.06 * level) * body.lung
+    high, wide = (0.5 + 0.08 * level) * body.lung, (0.34 + 0.04 * level) * body.lung
     left = ellipse(y, x, (0.02, 0.47), (high, wide * 0.95), -0.12)
     right = ellipse(y, x, (0.02, -0.46), (high, wide * 1.05), 0.12)
     return np.maximum(left, right)

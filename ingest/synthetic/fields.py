@@ -132,8 +132,9 @@ def finding(
 ) -> Image:
     """The label as a pattern: round foci where `positive`, elongated strands where not; [H, W].
 
-    Both have zero mean and the same energy inside the region, so that neither brightness nor contrast
-    gives the label away; `mix` is how much of the other pattern is in it (0 none, 1 as much).
+    Both have the same energy inside the region (variance 1) and contrast is the caller's, so that the label
+    lies in the shape; `mix` is how much of the other pattern is in it (0 none, 1 as much). The mean is
+    higher with foci, but varies more than that from image to image: a hint for a pixel-wise classifier.
     """
     shape = (region.shape[0], region.shape[1])
     points = pick(rng, region, 2 * count)
@@ -142,7 +143,8 @@ def finding(
     foci = spots(shape, points[:count], size[:count])
     strands = streaks(rng, shape, points[count:], 7.0 * radius, 0.9 * radius)
     main, other = (foci, strands) if positive else (strands, foci)
-    return _standard(_standard(main, region) + mix * _standard(other, region), region)
+    pattern = _standard(_standard(main, region) + mix * _standard(other, region), region)
+    return pattern + region * float(rng.normal(0.35 if positive else -0.35, 0.4))
 
 
 def blur(image: Image, sigma: float) -> Image:

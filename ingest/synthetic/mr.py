@@ -73,8 +73,8 @@ class _Head:
             bias=u(0.08, 0.3),
             noise=u(0.015, 0.06),
             tissue=rng.uniform(0.9, 1.1, (2, 6)),
-            burden=u(0.5, 0.9),
-            radius=u(0.02, 0.034),
+            burden=u(0.9, 1.4),
+            radius=u(0.027, 0.04),
         )
 
 
@@ -103,7 +103,7 @@ def _slice(
         for cy, t in ((-0.17, 0.35), (0.2, -0.45))
     )
     tissue = np.clip(brain_mask - fluid, 0, 1)
-    pattern = finding(rng, tissue * (radius < 0.9), positive, 24, brain.radius * shape[0])
+    pattern = finding(rng, tissue * (radius < 0.9), positive, 18, brain.radius * shape[0])
     return np.stack(
         [
             _echo(

@@ -47,8 +47,8 @@ class _Probe:
             tint=(u(0.9, 1), u(0.92, 1), u(0.88, 1)),
             speckle=u(0.9, 1.6),
             layers=u(0.3, 0.8),
-            burden=u(0.45, 0.8),
-            radius=u(0.03, 0.048),
+            burden=u(0.55, 0.9),
+            radius=u(0.035, 0.052),
         )
 
 
@@ -84,7 +84,7 @@ def _tissue(rng: Random, probe: _Probe, positive: bool, shape: tuple[int, int]) 
     layers = 0.3 * np.sin(2 * np.pi * depth * rng.uniform(2, 4.5) + rng.uniform(0, 6))
     layers += 0.2 * noise(rng, shape, 0.12 * shape[0])
     region = np.ones(shape, np.float32)
-    pattern = finding(rng, region, positive, 22, probe.radius * shape[0])
+    pattern = finding(rng, region, positive, 18, probe.radius * shape[0])
     foci = np.maximum(pattern, 0)
     # Sound passes fluid almost unweakened: brighter below a hypo-echoic focus.
     behind = cv2.blur(foci, (3, int(0.16 * shape[0]) | 1), anchor=(1, (int(0.16 * shape[0]) | 1) - 1))

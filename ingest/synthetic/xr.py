@@ -49,8 +49,8 @@ class _Chest:
             ribs=u(0.03, 0.09),
             rib_pitch=u(0.17, 0.23),
             spine=u(0.08, 0.2),
-            burden=u(0.035, 0.06),
-            radius=u(0.022, 0.036),
+            burden=u(0.06, 0.095),
+            radius=u(0.03, 0.044),
         )
 
 
@@ -72,7 +72,7 @@ def _exposure(rng: Random, chest: _Chest, positive: bool) -> Image:
         image += 0.07 * ellipse(y, x, (-0.72 - 0.02 * side, side * 0.4), (0.03, 0.33), side * 0.25)
     vessels = streaks(rng, shape, pick(rng, lungs * (np.abs(x) < 0.5), 10), 0.15 * width, 0.012 * width)
     image += 0.06 * vessels * lungs
-    image += chest.burden * finding(rng, lungs, positive, 26, chest.radius * width)
+    image += chest.burden * finding(rng, lungs, positive, 20, chest.radius * width)
     return _film(rng, image.astype(np.float32), shape)
 
 
