@@ -19,7 +19,7 @@ $(READY): pyproject.toml deploy/requirements.lock
 	touch $@
 
 demo: install
-	$(BIN)/medswav demo $(DEMO)
+	$(BIN)/medswav demo --output $(DEMO)
 
 lint: install
 	$(BIN)/ruff check .
