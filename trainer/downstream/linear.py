@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from trainer.downstream.features import Features
 from trainer.downstream.metrics import macro_auc
@@ -30,12 +31,13 @@ def linear_probe_auc(
     Nothing in it is random.
     """
     classes = int(max(train_y.max(), val_y.max(), test_y.max())) + 1
-    train, val = standardise(train_x, train_x), standardise(train_x, val_x)
-    aucs = [macro_auc(val_y, _fit_scores(train, train_y, val, classes, c)) for c in C_GRID]
-    best = C_GRID[int(np.argmax(aucs))]
     both_x, both_y = np.concatenate([train_x, val_x]), np.concatenate([train_y, val_y])
-    both, test = standardise(both_x, both_x), standardise(both_x, test_x)
-    return macro_auc(test_y, _fit_scores(both, both_y, test, classes, best))
+    with threadpool_limits(1):  # matrices this small lose far more by waiting for threads than they gain
+        train, val = _in_span(train_x, val_x)
+        aucs = [macro_auc(val_y, _fit_scores(train, train_y, val, classes, c)) for c in C_GRID]
+        both, test = _in_span(both_x, test_x)
+        best = C_GRID[int(np.argmax(aucs))]
+        return macro_auc(test_y, _fit_scores(both, both_y, test, classes, best))
 
 
 def standardise(reference: Features, x: Features) -> NDArray[np.float64]:
@@ -44,14 +46,22 @@ def standardise(reference: Features, x: Features) -> NDArray[np.float64]:
     return (x - mean) / np.where(std > 1e-8, std, np.inf)
 
 
+def _in_span(fit_x: Features, x: Features) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both standardised by fit_x, in coordinates of the span of fit_x when it has more features than samples.
+
+    The optimum of the L2-penalised regression lies in that span, so the fit is the same with fewer unknowns.
+    """
+    fitted, other = standardise(fit_x, fit_x), standardise(fit_x, x)
+    if fitted.shape[1] <= fitted.shape[0]:
+        return fitted, other
+    basis, _ = np.linalg.qr(fitted.T)
+    return fitted @ basis, other @ basis
+
+
 def _fit_scores(
     train: NDArray[np.float64], labels: Labels, test: NDArray[np.float64], classes: int, c: float
 ) -> NDArray[np.float64]:
     """Class probabilities f64 [n_test, classes]; classes without a training sample get 0."""
-    if train.shape[1] > train.shape[0]:
-        # The L2-penalised optimum lies in the span of the samples: fit there, exactly, with n unknowns.
-        basis, _ = np.linalg.qr(train.T)
-        train, test = train @ basis, test @ basis
     model = LogisticRegression(C=c, max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the weakest penalties only; C is validated

@@ -41,8 +41,10 @@ PRETRAINED, RANDOM, PIXELS = "pretrained", "random", "pixels"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """rows: one dict a figure: modality, protocol, encoder, encoder_seed, seed, fraction, probe, auc, n_train,
-    n_val, n_test. summary: one dict a modality and probe (see `summarise`). skipped: modality to reason."""
+    """rows: one dict a figure: modality, protocol, encoder, encoder_seed, seed, fraction, probe, auc,
+    n_train, n_val, n_test. summary: one dict a modality and probe (see `summarise`). skipped: modality to
+    reason.
+    """
 
     rows: list[dict[str, Any]]
     summary: list[dict[str, Any]]
