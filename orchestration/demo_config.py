@@ -94,10 +94,10 @@ def _share(preset: TrainConfig, images: Mapping[str, int], ranks: int, notes: li
     most = max(ENOUGH_IMAGES, min(images.values()))
     share = max(1, min(preset.data.batch_size // len(images), most) // ranks) * ranks
     if share * len(images) != preset.data.batch_size:
-        modalities = "modality" if len(images) == 1 else "modalities"
+        of_each = f" ({share} of each of {len(images)} modalities)" if len(images) > 1 else ""
         notes.append(
-            f"Batch of {share * len(images)} ({share} of each of {len(images)} {modalities}) instead of the "
-            f"preset's {preset.data.batch_size}, to fit the images there are."
+            f"Batch of {share * len(images)}{of_each} instead of the preset's {preset.data.batch_size}, to "
+            "fit the images there are."
         )
     return share
 

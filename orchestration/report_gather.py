@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def gather(dataset: Path, run_dir: Path, results: Mapping[str, Any], about: Mapp
     return ReportData(
         generated=bool(about["generated"]),
         date=str(about["date"]),
-        counts=counts(dataset),
+        counts=counts(dataset, config),
         inputs=sum(commit.counts["inputs"] for commit in list_commits(Store(dataset))),
         refusals=refusals(dataset),
         samples=tuple(_samples(dataset, config)),
@@ -80,15 +80,21 @@ def run_config(run_dir: Path) -> TrainConfig:
     return TrainConfig.model_validate(found.state["config"])
 
 
-def counts(dataset: Path) -> tuple[ModalityCount, ...]:
+def ordered(modalities: Iterable[str], config: TrainConfig) -> list[str]:
+    """The modalities of the training in its order, then the others by name."""
+    first = [m for m in config.data.modalities if m in set(modalities)]
+    return first + sorted(set(modalities) - set(first))
+
+
+def counts(dataset: Path, config: TrainConfig) -> tuple[ModalityCount, ...]:
     table = catalog.load(dataset, columns=["modality", "patient"])
     patients: dict[str, set[str]] = {}
     for modality, patient in zip(table["modality"].to_pylist(), table["patient"].to_pylist(), strict=True):
         patients.setdefault(modality, set()).add(patient)
+    found = catalog.counts(dataset)
     return tuple(
-        ModalityCount(m, by["train"], by["val"], by["test"], len(patients.get(m, ())))
-        for m, by in catalog.counts(dataset).items()
-        if sum(by.values())
+        ModalityCount(m, found[m]["train"], found[m]["val"], found[m]["test"], len(patients[m]))
+        for m in ordered(patients, config)
     )
 
 
@@ -100,10 +106,9 @@ def refusals(dataset: Path) -> tuple[Refusal, ...]:
 def _samples(dataset: Path, config: TrainConfig) -> list[Samples]:
     """PICTURES images of each modality, evenly spaced in the order of the (random) keys."""
     found = []
-    for modality, by_split in catalog.counts(dataset).items():
-        total = sum(by_split.values())
-        if not total:
-            continue
+    totals = {m: sum(by.values()) for m, by in catalog.counts(dataset).items() if sum(by.values())}
+    for modality in ordered(totals, config):
+        total = totals[modality]
         table = catalog.load(dataset, modality, [*_LOCATION, *_INTENSITY])
         chosen = [i * total // min(PICTURES, total) for i in range(min(PICTURES, total))]
         rows = table.take(chosen).to_pylist()

@@ -54,8 +54,8 @@ details{margin-top:1rem}summary{cursor:pointer;font-weight:600}
 img{display:block;height:auto}
 .sheets{display:grid;grid-template-columns:1fr 1fr;gap:0 1.5rem}
 .sheet{display:grid;grid-template-columns:repeat(4,1fr);gap:3px;background:#000;padding:3px;border-radius:4px}
-.sheet span{aspect-ratio:1;display:grid;place-items:center;min-width:0;min-height:0}
-.sheet img{width:100%;height:100%;object-fit:contain}
+.sheet span{position:relative;aspect-ratio:1;overflow:hidden}
+.sheet img{position:absolute;inset:0;width:100%;height:100%;object-fit:contain}
 .views{display:grid;grid-template-columns:minmax(0,13.9rem) 1fr;gap:1.25rem 1.5rem;align-items:start;
 margin:0 0 2rem}
 .views figure{margin:0}
@@ -71,9 +71,10 @@ figcaption,.caption{font-size:.8125rem;color:var(--soft);margin-top:.35rem}
 .auc{margin:.5rem 0 1.75rem}
 .auc .row{display:grid;grid-template-columns:6.2rem 1fr;align-items:center;gap:.75rem}
 .auc .row b{font-weight:600;font-size:.9375rem}
-.auc .track{position:relative;height:2.6rem;margin:0 .6rem}
+.auc .track{position:relative;height:3.1rem;margin:0 .6rem}
 .auc .axis .track{height:1.4rem}.auc .axis b{font-weight:400;color:var(--soft);font-size:.8125rem}
 .auc .axis span{position:absolute;transform:translateX(-50%);font-size:.8125rem;color:var(--soft);top:.1rem}
+.auc .row+.row:not(.axis){border-top:1px solid var(--line)}
 .auc .tick{position:absolute;top:0;bottom:0;width:1px;background:var(--line)}
 .dot{position:absolute;width:.8rem;height:.8rem;border-radius:50%;top:50%;transform:translate(-50%,-50%);
 flex:none;
@@ -82,6 +83,7 @@ border:2px solid var(--paper)}
 min-width:2px}
 .pretrained{background:var(--accent)}.random{background:var(--random)}.pixels{background:var(--pixels)}
 .dot.pretrained{width:1.05rem;height:1.05rem}
+.track .pretrained{top:26%}.track .random{top:52%}.track .pixels{top:76%}
 .plot.lines{padding:.5rem 8rem 2.2rem 2.6rem}
 .area{position:relative;height:19rem}
 .plot svg{display:block;width:100%;height:100%;overflow:visible}

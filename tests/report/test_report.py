@@ -147,7 +147,7 @@ def test_labels_are_moved_apart_in_order() -> None:
 
 def test_a_picture_is_uint8_and_grey() -> None:
     with pytest.raises(ValueError, match="uint8"):
-        picture(np.zeros((4, 4), np.float32), "x")  # type: ignore[arg-type]
+        picture(np.zeros((4, 4), np.float32), "x")
     assert thumbnail(np.zeros((400, 100), np.uint8), 100).shape == (100, 25)
     assert thumbnail(np.zeros((40, 10), np.uint8), 100).shape == (40, 10)
 

@@ -1,0 +1,94 @@
+"""Each bench prints figures of one shape, with a baseline of the same run; tiny sizes, no claim on speed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestration import bench, bench_augment, bench_images, bench_ingest, bench_read, bench_step
+from orchestration.bench import Figure, figure, take_turns
+from shards import catalog
+from shards.errors import UserError
+
+KEYS = {"bench", "name", "value", "unit", "baseline", "ratio", "versus", "turns", "detail", "machine"}
+
+
+def check(figures: Iterator[Figure]) -> list[Figure]:
+    found = list(figures)
+    for item in found:
+        assert item.value > 0 and item.baseline > 0 and item.ratio > 0 and item.versus and item.turns >= 3
+    assert len({item.name for item in found}) == len(found)
+    return found
+
+
+def test_the_ratio_is_above_one_for_what_is_better() -> None:
+    assert figure("x", 20, "images/s", 10, "b", 3).ratio == 2
+    assert figure("x", 10, "ms", 20, "b", 3).ratio == 2
+    assert figure("x", 20, "ms", 10, "b", 3).ratio == 0.5
+
+
+def test_sides_take_turns_and_may_measure_themselves() -> None:
+    calls: list[str] = []
+
+    def ours() -> float:
+        calls.append("a")
+        return 2.5
+
+    def theirs() -> None:
+        calls.append("b")
+
+    took, turns = take_turns({"ours": ours, "theirs": theirs}, 1e-9)
+    assert turns == bench.MINIMUM_TURNS and took["ours"] == 2.5 and took["theirs"] < 1
+    assert calls == list("ab" + "ab" + "ba" + "ab")  # warm-up, then in alternating order
+
+
+def test_a_figure_is_one_json_object_on_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(seconds: float) -> Iterator[Figure]:
+        yield figure("x", 1.23456789, "images/s", 0.5, "the other way", 4, "detail")
+
+    monkeypatch.setattr(bench_read, "measure", measure)
+    bench.run("read", 1.0)
+    (line,) = capsys.readouterr().out.splitlines()
+    record = json.loads(line)
+    assert set(record) == KEYS
+    assert record["value"] == 1.235 and record["ratio"] == 2.469 and record["machine"]["cpus"] >= 1
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("nonsense", 1.0), ("read", 0.0), ("read", -1.0)])
+def test_a_wrong_name_or_budget_is_a_user_error(name: str, seconds: float) -> None:
+    with pytest.raises(UserError):
+        bench.run(name, seconds)
+
+
+def test_the_made_up_dataset_is_a_dataset(tmp_path: Path) -> None:
+    bench_images.write_dataset(tmp_path / "d", tmp_path / "s", 6, side=64, shards=2)
+    assert catalog.counts(tmp_path / "d") == {"ct": {"train": 6, "val": 0, "test": 0}}
+    one, two = bench_images.ct_slice(0, 64), bench_images.ct_slice(1, 64)
+    assert one.dtype == np.int16 and not np.array_equal(one, two)
+
+
+def test_bench_read_measures_all_sizes() -> None:
+    pytest.importorskip("webdataset")
+    names = [item.name for item in check(bench_read.measure(0.01, samples=8, side=64))]
+    assert names == ["read_undecoded", "read_decoded", "read_decoded_half", "read_decoded_quarter"]
+
+
+def test_bench_augment_measures_views_and_bands() -> None:
+    assert len(check(bench_augment.measure(0.01, images=1, side=256))) == 4
+
+
+def test_bench_step_measures_the_step_and_the_sinkhorn() -> None:
+    names = [item.name for item in check(bench_step.measure(0.01, nets=(), sinkhorns={"tiny": (2, 8, 16)}))]
+    assert names == ["sinkhorn_tiny_1_rank", "sinkhorn_demo_2_ranks"]
+
+
+def test_bench_ingest_measures_files_and_bytes() -> None:
+    assert {item.unit for item in check(bench_ingest.measure(0.01, patients=2))} == {
+        "files/s",
+        "MB/s",
+        "bytes",
+    }
