@@ -1,8 +1,8 @@
 """`medswav bench ingest`: conversion of one process, against what a quick script would do.
 
 The baseline reads the same DICOM files with pydicom, encodes the pixels as PNG (16 or 8 bit) with OpenCV and
-writes them to one tar. It checks nothing, removes no identifier, computes no digest or statistics, gives CT no
-HU, keeps US in colour, and syncs nothing to disk: the ratio is the price of all that, and may be below 1.
+writes them to one tar. It checks nothing, removes no identifier, computes no digest or statistics, gives CT
+no HU, keeps US in colour, and syncs nothing to disk: the ratio is the price of all that, and may be below 1.
 """
 
 import io
