@@ -108,11 +108,28 @@ def _walk(config: IngestConfig) -> Iterator[tuple[str, str]]:
 def _files(root: str, output: str) -> Iterator[tuple[str, str]]:
     if not os.access(root, os.R_OK | os.X_OK):
         raise UserError("a source folder cannot be read: give read permission")
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if os.path.realpath(Path(folder, f)) != output)
-        for name in sorted(names):
-            path = os.path.join(folder, name)  # noqa: PTH118 - half the cost of a walk otherwise
+    unreadable: list[str] = []
+    visited = {os.path.realpath(root)}
+    for folder, folders, names in os.walk(
+        root, followlinks=True, onerror=lambda e: unreadable.append(e.filename)
+    ):
+        folders[:] = sorted(f for f in folders if _is_new(os.path.join(folder, f), output, visited))  # noqa: PTH118
+        # A folder that cannot be read is an input that is refused, not one that is lost.
+        paths = [os.path.join(folder, name) for name in sorted(names)] + unreadable  # noqa: PTH118 - faster
+        unreadable.clear()
+        for path in paths:
             yield path, os.path.relpath(path, root).replace(os.sep, "/")
+    for path in unreadable:
+        yield path, os.path.relpath(path, root).replace(os.sep, "/")
+
+
+def _is_new(folder: str, output: str, visited: set[str]) -> bool:
+    """Links to folders are followed once: no loops, and never into the output."""
+    real = os.path.realpath(folder)
+    if real == output or real in visited:
+        return False
+    visited.add(real)
+    return True
 
 
 def _entry(

@@ -49,14 +49,14 @@ Item = Frame | Refusal
 _DTYPES = ("uint8", "uint16", "int16")
 
 
-def to_message(item: Item) -> tuple[dict[str, Any], bytes]:
-    """JSON header and raw little-endian pixels of an item (the wire form between the two processes)."""
+def to_message(item: Item) -> tuple[dict[str, Any], memoryview]:
+    """JSON header and raw pixels in this machine's order (the wire form between two processes of it)."""
     if isinstance(item, Refusal):
         return {
             "refusal": item.reason.value,
             "frame": item.frame,
             "modality": item.modality,
-        }, b""
+        }, memoryview(b"")
     header = {
         "frame": item.index,
         "modality": item.modality,
@@ -66,10 +66,10 @@ def to_message(item: Item) -> tuple[dict[str, Any], bytes]:
         "identifiers": item.identifiers,
         "texts": item.texts,
     }
-    return header, np.ascontiguousarray(item.pixels).tobytes()
+    return header, np.ascontiguousarray(item.pixels).data.cast("B")
 
 
-def from_message(header: dict[str, Any], payload: bytes) -> Item:
+def from_message(header: dict[str, Any], payload: bytes | memoryview) -> Item:
     """Inverse of to_message. Raises ValueError or KeyError for a message that does not add up."""
     if "refusal" in header:
         return Refusal(Reason(header["refusal"]), int(header["frame"]), str(header["modality"]))

@@ -71,7 +71,7 @@ def read_nifti(path: str, modality: str, rules: ReadRules) -> Iterator[Item]:
     for t in spread(times, rules.frames_per_cine):
         for k in range(slices):
             index = k + slices * t
-            plane_values = np.take(volume.data[..., t], k, axis=axis)
+            plane_values = np.moveaxis(volume.data[..., t], axis, 0)[k]
             stored, values = _stored(plane_values, volume, mapping)
             image = np.ascontiguousarray(stored.T[::-1, ::-1])
             if image.min() == image.max():

@@ -32,7 +32,10 @@ def read_file(path: str, kind: str, modality: str, rules: ReadRules) -> Iterator
 
 
 def _read(path: str, kind: str, modality: str, rules: ReadRules) -> Iterator[Item]:
-    if not stat.S_ISREG(Path(path).stat().st_mode):
+    mode = Path(path).stat().st_mode
+    if stat.S_ISDIR(mode):  # listed as an input only where it cannot be read
+        raise Refused(Reason.UNREADABLE)
+    if not stat.S_ISREG(mode):
         raise Refused(Reason.NOT_AN_IMAGE)
     # Imported late: a decoder process loads only what its files need.
     if kind == "dicom":

@@ -65,13 +65,12 @@ class ProcessReader:
 
     def read(self, path: str, kind: str, modality: str) -> Iterator[Item]:
         """Items of the file; the last one is Refusal(CRASHED) where the child was lost."""
-        request = {"path": path, "kind": kind, "modality": modality, "rules": self._rules.model_dump()}
         finished = False
         try:
-            self._send(json.dumps(request).encode())
-            while (item := self._receive()) is not None:
+            self._send(json.dumps({"path": path, "kind": kind, "modality": modality}).encode())
+            while not finished:
+                item, finished = self._receive()
                 yield item
-            finished = True
         except _ChildLostError:
             yield Refusal(Reason.CRASHED, modality=modality)
         finally:
@@ -105,19 +104,19 @@ class ProcessReader:
         if self._child is not None and self._child.poll() is not None:
             self.close()
         if self._child is None:
-            self._child = _start(self._memory_mib, self._seconds)
+            self._child = _start(self._rules, self._seconds, self._memory_mib)
         return self._child
 
-    def _receive(self) -> Item | None:
+    def _receive(self) -> tuple[Item, bool]:
+        """The next item and whether it is the last of its file."""
         deadline = time.monotonic() + self._seconds
         json_bytes, pixel_bytes = HEADER.unpack(self._exactly(HEADER.size, deadline))
         if json_bytes > LONGEST_JSON or pixel_bytes > 2 * self._rules.max_frame_pixels:
             raise _ChildLostError
-        header: dict[str, Any] = json.loads(self._exactly(json_bytes, deadline))
-        if "end" in header:
-            return None
+        message = memoryview(self._exactly(json_bytes + pixel_bytes, deadline))
         try:
-            return from_message(header, bytes(self._exactly(pixel_bytes, deadline)))
+            header: dict[str, Any] = json.loads(bytes(message[:json_bytes]))
+            return from_message(header, message[json_bytes:]), bool(header["last"])
         except (KeyError, TypeError, ValueError):
             raise _ChildLostError from None
 
@@ -158,7 +157,7 @@ def _reader(sandbox: str, rules: ReadRules, file_seconds: float, memory_mib: int
     return InlineReader(rules) if sandbox == "inline" else ProcessReader(rules, file_seconds, memory_mib)
 
 
-def _start(memory_mib: int, seconds: float) -> "subprocess.Popen[bytes]":
+def _start(rules: ReadRules, seconds: float, memory_mib: int) -> "subprocess.Popen[bytes]":
     environment = {
         name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "HOME") if name in os.environ
     }
@@ -169,7 +168,14 @@ def _start(memory_mib: int, seconds: float) -> "subprocess.Popen[bytes]":
         "PYTHONUTF8": "1",
     }
     child = subprocess.Popen(
-        [sys.executable, "-m", "ingest.sandbox_child", str(memory_mib), str(seconds)],
+        [
+            sys.executable,
+            "-m",
+            "ingest.sandbox_child",
+            rules.model_dump_json(),
+            str(seconds),
+            str(memory_mib),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # codecs write header values there

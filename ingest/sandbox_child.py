@@ -15,45 +15,49 @@ from ingest.sandbox import HEADER
 
 
 def main() -> None:
-    memory_mib, seconds = int(sys.argv[1]), float(sys.argv[2])
+    rules = ReadRules.model_validate_json(sys.argv[1])
+    seconds, memory_mib = float(sys.argv[2]), int(sys.argv[3])
     channel = os.dup(1)
     os.dup2(2, 1)  # a library that prints must not break the stream of messages
     cv2.setNumThreads(1)
     resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # The parent ends a late child. Should the parent be gone, the alarm does: 64 images a file and more.
-    patience = max(1, int(seconds)) * 64
     while request := _receive():
-        signal.alarm(patience)
-        rules = ReadRules(**request["rules"])
-        for item in read_file(request["path"], request["kind"], request["modality"], rules):
-            _send(channel, item)
-        _write(channel, _message({"end": True}, b""))
-        signal.alarm(0)
+        _serve(channel, request, rules, seconds)
 
 
-def _receive() -> dict | None:
+def _serve(channel: int, request: dict[str, str], rules: ReadRules, seconds: float) -> None:
+    """Send the items of one file, each with the mark whether it is the last."""
+    pending: Item | None = None
+    # The parent ends a late child; should the parent be gone, the alarm does.
+    signal.alarm(2 * max(1, round(seconds)))
+    for item in read_file(request["path"], request["kind"], request["modality"], rules):
+        if pending is not None:
+            _send(channel, pending, last=False)
+        pending = item
+        signal.alarm(2 * max(1, round(seconds)))
+    assert pending is not None
+    _send(channel, pending, last=True)
+    signal.alarm(0)
+
+
+def _receive() -> dict[str, str] | None:
     head = sys.stdin.buffer.read(HEADER.size)
     if len(head) < HEADER.size:
         return None
     return json.loads(sys.stdin.buffer.read(HEADER.unpack(head)[0]))
 
 
-def _send(channel: int, item: Item) -> None:
+def _send(channel: int, item: Item, last: bool) -> None:
     header, pixels = to_message(item)
-    _write(channel, _message(header, pixels))
-    _write(channel, pixels)
-
-
-def _message(header: dict, pixels: bytes) -> bytes:
-    encoded = json.dumps(header).encode()
-    return HEADER.pack(len(encoded), len(pixels)) + encoded
-
-
-def _write(channel: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(channel, view) :]
+    encoded = json.dumps(header | {"last": last}).encode()
+    parts = [memoryview(HEADER.pack(len(encoded), len(pixels)) + encoded), pixels]
+    while parts:
+        sent = os.writev(channel, parts)
+        while parts and sent >= len(parts[0]):
+            sent -= len(parts.pop(0))
+        if parts:
+            parts[0] = parts[0][sent:]
 
 
 if __name__ == "__main__":

@@ -39,14 +39,13 @@ def read_frame(dataset: Dataset, syntax: str, index: int, frames: int, code: str
     CT: int16 Hounsfield units, never windowed. All others: stored values, larger = brighter.
     Raises Refused(BAD_PIXEL_DESCRIPTION) and whatever the codecs raise.
     """
-    raw, photometric, precision = decode_raw(dataset, syntax, index, frames)
-    stored_bits = header.integer(dataset, "BitsStored") or int(dataset.BitsAllocated)
+    raw, photometric = decode_raw(dataset, syntax, index, frames)
+    bits = header.integer(dataset, "BitsStored") or int(dataset.BitsAllocated)
     signed = bool(header.integer(dataset, "PixelRepresentation"))
     high = header.integer(dataset, "HighBit")
-    shift = 0 if high is None else max(0, high + 1 - stored_bits)
+    shift = 0 if high is None else max(0, high + 1 - bits)
     if raw.shape[:2] != (int(dataset.Rows), int(dataset.Columns)):
         raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
-    bits = min(stored_bits, precision) if precision else stored_bits
     if raw.ndim == 2:
         raw = mask_bits(raw, bits, signed, shift)
     gray, was_color = to_gray(raw, photometric, dataset)

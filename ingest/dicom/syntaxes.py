@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder
-from pydicom.pixels.utils import get_j2k_parameters
 from pydicom.uid import UID
 
 from ingest.dicom.header import DEFLATED
@@ -26,7 +26,6 @@ ENCAPSULATED_NATIVE = _PREFIX + ".1.98"
 DEFLATED_FRAMES = _PREFIX + ".8.1"
 JPEG_BASELINE, JPEG_EXTENDED = _PREFIX + ".4.50", _PREFIX + ".4.51"
 JPEG_XL = frozenset(_PREFIX + f".4.11{n}" for n in (0, 1, 2))
-JPEG_2000 = frozenset(_PREFIX + f".4.{n}" for n in (90, 91, 201, 202, 203))
 
 # pydicom decoding plugin first tried; the others follow only if it fails.
 PREFERRED = {
@@ -79,28 +78,31 @@ def check_decoders() -> None:
         raise UserError(f"decoders are missing: run pip install {' '.join(missing)}")
 
 
-def decode_raw(dataset: Dataset, syntax: str, index: int, frames: int) -> tuple[NDArray, str, int]:
-    """Raw samples of frame `index`: array [rows, columns] or [rows, columns, 3], photometric, bits.
+def decode_raw(dataset: Dataset, syntax: str, index: int, frames: int) -> tuple[NDArray, str]:
+    """Raw samples of frame `index`, array [rows, columns] or [rows, columns, 3], and their photometric.
 
-    `photometric` is that of the returned samples (a J2K YBR_ICT comes out as RGB). `bits` is 0, or the
-    precision of a J2K codestream whose signedness contradicts the header. Raises anything the codecs raise.
+    The photometric is that of the returned samples (a J2K YBR_ICT comes out as RGB). Samples of a JPEG-LS
+    or J2K stream whose signedness contradicts the header are made to agree with it; unused bits are left
+    alone. Raises anything the codecs raise.
     """
     own = _own_decoder(dataset, syntax, index, frames)
     if own is not None:
-        return own, str(dataset.PhotometricInterpretation), 0
+        return own, str(dataset.PhotometricInterpretation)
     decoder = get_decoder(UID(syntax if syntax != DEFLATED else _PREFIX + ".1"))
+    # pydicom's own masking takes HighBit for BitsStored - 1.
+    options: dict[str, Any] = {"index": index, "raw": True, "correct_unused_bits": False}
     plugin = PREFERRED.get(syntax, "")
     try:
-        array, meta = decoder.as_array(dataset, index=index, raw=True, decoding_plugin=plugin)
+        array, meta = decoder.as_array(dataset, decoding_plugin=plugin, **options)
     except (RuntimeError, ValueError, NotImplementedError):
         if not plugin:
             raise
-        array, meta = decoder.as_array(dataset, index=index, raw=True)
+        array, meta = decoder.as_array(dataset, **options)
     photometric = str(meta["photometric_interpretation"])
     if syntax in (JPEG_BASELINE, JPEG_EXTENDED) and photometric.startswith("YBR") and array.ndim == 3:
         # With an Adobe marker that says YCbCr, libjpeg has converted already.
         photometric = "RGB" if _adobe_transform(_frame_bytes(dataset, index, frames)) == 1 else photometric
-    return array, photometric, _contradicting_precision(dataset, syntax, index, frames)
+    return array, photometric
 
 
 def _own_decoder(dataset: Dataset, syntax: str, index: int, frames: int) -> NDArray | None:
@@ -147,12 +149,3 @@ def _adobe_transform(frame: bytes) -> int | None:
     """The transform byte of an Adobe APP14 segment, if there is one."""
     at = frame.find(b"\xff\xee\x00\x0eAdobe", 0, 4096)
     return frame[at + 15] if at >= 0 and len(frame) > at + 15 else None
-
-
-def _contradicting_precision(dataset: Dataset, syntax: str, index: int, frames: int) -> int:
-    if syntax not in JPEG_2000:
-        return 0
-    found = get_j2k_parameters(_frame_bytes(dataset, index, frames)[:256])
-    if not found or bool(found["is_signed"]) == bool(dataset.get("PixelRepresentation", 0)):
-        return 0
-    return int(found["precision"])

@@ -1,0 +1,290 @@
+"""Stored pixels are the source's own, whatever the syntax, by the rules of data.md section 2."""
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_color_lut
+from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit
+
+from ingest.synthetic.syntaxes import COLOR, GREY, encode
+from tests.ingest.files import grey, one, read, write
+
+
+@pytest.mark.parametrize("syntax", GREY, ids=lambda s: s.name)
+@pytest.mark.parametrize(("dtype", "bits"), [("uint8", 8), ("uint16", 10), ("uint16", 16), ("int16", 16)])
+def test_stored_values_of_every_syntax_are_those_written_and_those_of_pydicom(tmp_path, syntax, dtype, bits):
+    pixels = grey(dtype, bits)
+    path = write(tmp_path / "f", pixels, "MR", bits, syntax)
+    frame = one(path)
+    assert np.array_equal(frame.pixels, pixels)
+    assert np.array_equal(frame.pixels, pydicom.dcmread(path).pixel_array)
+    assert frame.pixels.dtype == pixels.dtype
+    assert frame.columns["transfer_syntax"] == syntax
+    assert not frame.columns["lossy_source"]
+
+
+@pytest.mark.parametrize("syntax", COLOR, ids=lambda s: s.name)
+def test_colour_becomes_luma(tmp_path, syntax):
+    smooth = np.add.outer(np.arange(64), np.arange(48))
+    rgb = np.stack([smooth * 2, 255 - smooth * 2, smooth + 50], -1).clip(0, 255).astype(np.uint8)
+    path = write(tmp_path / "f", rgb, "US", 8, syntax, "RGB")
+    frame = one(path, allow_burned_in=True)
+    luma = rgb @ np.array([0.299, 0.587, 0.114])
+    lossy = syntax == JPEGBaseline8Bit
+    assert np.abs(frame.pixels - luma).max() <= (6 if lossy else 1)
+    assert frame.columns["was_color"] and frame.columns["lossy_source"] == lossy
+    assert frame.pixels.dtype == np.uint8
+
+
+def test_of_ybr_the_luma_is_taken_as_it_is(tmp_path):
+    ybr = np.stack([grey("uint8", 8, seed=s) for s in range(3)], -1)
+    frame = one(write(tmp_path / "f", ybr, "US", 8, photometric="YBR_FULL"), allow_burned_in=True)
+    assert np.array_equal(frame.pixels, ybr[..., 0])
+    planar = write(
+        tmp_path / "planar",
+        ybr,
+        "US",
+        8,
+        photometric="YBR_FULL",
+        PlanarConfiguration=1,
+        PixelData=np.moveaxis(ybr, -1, 0).tobytes(),
+    )
+    assert np.array_equal(one(planar, allow_burned_in=True).pixels, ybr[..., 0])
+
+
+def test_native_ybr_422_is_unpacked(tmp_path):
+    y = grey("uint8", 8)
+    packed = np.empty((y.shape[0], y.shape[1] // 2, 4), np.uint8)
+    packed[..., 0], packed[..., 1], packed[..., 2:] = y[:, ::2], y[:, 1::2], 128
+    path = write(
+        tmp_path / "f",
+        np.stack([y] * 3, -1),
+        "US",
+        8,
+        photometric="YBR_FULL_422",
+        PixelData=packed.tobytes(),
+    )
+    assert np.array_equal(one(path, allow_burned_in=True).pixels, y)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian], ids=lambda s: s.name)
+@pytest.mark.parametrize("entry_bits", [8, 16])
+def test_a_palette_image_is_the_luma_of_its_palette(tmp_path, syntax, entry_bits):
+    ramp = np.arange(256)
+    tables = [ramp, 255 - ramp, (ramp * 7) % 256]
+    elements: dict = {}
+    for name, values in zip(("Red", "Green", "Blue"), tables, strict=True):
+        order = ">" if syntax == ExplicitVRBigEndian else "<"
+        stored = values.astype("u1") if entry_bits == 8 else (values * 257).astype(order + "u2")
+        elements[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, entry_bits]
+        elements[f"{name}PaletteColorLookupTableData"] = stored.tobytes()
+    indices = grey("uint8", 8)
+    path = write(tmp_path / "f", indices, "US", 8, syntax, "PALETTE COLOR", **elements)
+    frame = one(path, allow_burned_in=True)
+    rgb = np.stack(tables, -1)[indices]
+    assert np.abs(frame.pixels - rgb @ np.array([0.299, 0.587, 0.114])).max() <= 1
+    assert frame.columns["was_color"] and frame.columns["photometric"] == "PALETTE COLOR"
+    if entry_bits == 8 and syntax == ExplicitVRLittleEndian:
+        assert np.array_equal(apply_color_lut(indices, pydicom.dcmread(path)), rgb)
+
+
+def test_bits_above_bits_stored_are_masked_and_the_sign_extended(tmp_path):
+    pixels = grey("uint16", 12)
+    overlaid = pixels | (np.random.default_rng(1).integers(0, 16, pixels.shape) << 12).astype(np.uint16)
+    assert np.array_equal(one(write(tmp_path / "u", overlaid, bits=12)).pixels, pixels)
+    signed = one(write(tmp_path / "s", overlaid, bits=12, PixelRepresentation=1)).pixels
+    assert np.array_equal(signed, np.where(pixels > 2047, pixels.astype(int) - 4096, pixels))
+    shifted = write(tmp_path / "h", (pixels << 4).astype(np.uint16), bits=12, HighBit=15)
+    assert np.array_equal(one(shifted).pixels, pixels)
+
+
+def test_an_unsigned_jpeg_2000_stream_in_a_signed_image_is_read_as_signed(tmp_path):
+    pixels = grey("int16", 14)
+    bits = (pixels.astype(np.int32) & 0x3FFF).astype(np.uint16)
+    data_path = write(tmp_path / "f", bits, bits=14, syntax=JPEG2000Lossless, PixelRepresentation=1)
+    assert np.array_equal(one(data_path).pixels, pixels)
+
+
+def test_ct_is_stored_in_hounsfield_units_with_padding_as_air(tmp_path):
+    raw = grey("int16", 16) // 8
+    raw[5, 5], raw[6, 6], raw[7, 7] = -2000, -3024, 300
+    path = write(tmp_path / "f", raw, "CT", 16, RescaleSlope=1, RescaleIntercept=-24, PixelPaddingValue=300)
+    frame = one(path)
+    expected = np.clip(raw.astype(int) - 24, -1024, 32767)
+    expected[raw == 300] = -1024
+    assert frame.pixels.dtype == np.int16 and np.array_equal(frame.pixels, expected)
+    assert frame.columns["rescale_slope"] == 1 and frame.columns["rescale_intercept"] == -24
+
+
+def test_ct_with_a_fractional_slope_is_rounded_once_and_clipped(tmp_path):
+    raw = grey("uint16", 16)
+    frame = one(write(tmp_path / "f", raw, "CT", 16, RescaleSlope="0.6", RescaleIntercept="-1024.5"))
+    assert np.array_equal(frame.pixels, np.clip(np.rint(raw * 0.6 - 1024.5), -1024, 32767))
+
+
+def test_a_padding_value_of_the_other_signedness_is_understood(tmp_path):
+    raw = grey("int16", 16, seed=3) // 16
+    raw[0, 0] = -500
+    path = write(tmp_path / "f", raw, "CT", 16)
+    data = pydicom.dcmread(path)
+    data.add_new("PixelPaddingValue", "US", 65536 - 500)
+    data.RescaleSlope, data.RescaleIntercept = 1, 5000
+    data.save_as(path)
+    pixels = one(path).pixels
+    assert (pixels[raw == -500] == -1024).all() and (pixels[raw != -500] > 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("uint8", 8), ("uint16", 10), ("int16", 16)])
+def test_monochrome1_is_mirrored_in_its_bit_range_with_its_window(tmp_path, dtype, bits):
+    raw = grey(dtype, bits)
+    path = write(tmp_path / "f", raw, "CR", bits, photometric="MONOCHROME1", WindowCenter=100, WindowWidth=50)
+    frame = one(path)
+    end = -1 if dtype == "int16" else 2**bits - 1
+    assert np.array_equal(frame.pixels, end - raw.astype(int)) and frame.pixels.dtype == dtype
+    assert frame.columns["inverted"]
+    assert frame.columns["window_center"] == end - 100 and frame.columns["window_width"] == 50
+
+
+def test_an_inverse_presentation_lut_is_mirrored_once(tmp_path):
+    raw = grey("uint16", 12)
+    for photometric in ("MONOCHROME1", "MONOCHROME2"):
+        path = write(
+            tmp_path / photometric, raw, "DX", 12, photometric=photometric, PresentationLUTShape="INVERSE"
+        )
+        assert np.array_equal(one(path).pixels, 4095 - raw.astype(int))
+
+
+def test_the_window_of_an_mr_image_is_given_in_stored_values(tmp_path):
+    path = write(
+        tmp_path / "f", RescaleSlope=2, RescaleIntercept=10, WindowCenter=[110, 5], WindowWidth=[40, 5]
+    )
+    columns = one(path).columns
+    assert (columns["window_center"], columns["window_width"]) == (50, 20)
+    assert columns["window_function"] == "LINEAR"
+
+
+def test_a_modality_lut_is_applied(tmp_path):
+    lut = Dataset()
+    lut.LUTDescriptor, lut.ModalityLUTType = [256, 0, 16], "US"
+    table = (np.arange(256)[::-1] * 3).astype("<u2")
+    lut.add_new("LUTData", "OW", table.tobytes())
+    raw = grey("uint8", 8)
+    path = write(tmp_path / "f", raw, "CR", 8, ModalityLUTSequence=Sequence([lut]))
+    frame = one(path)
+    assert np.array_equal(frame.pixels, table[raw]) and frame.pixels.dtype == np.uint16
+
+
+def test_a_large_radiograph_is_reduced_by_area_averaging_and_keeps_its_size_on_record(tmp_path):
+    raw = grey("uint16", 10, (320, 200))
+    frame = one(write(tmp_path / "f", raw, "CR", 10, ImagerPixelSpacing=[0.1, 0.2]), xr_max_side=160)
+    assert frame.pixels.shape == (160, 100) and frame.pixels.dtype == np.uint16
+    blocks = raw.reshape(160, 2, 100, 2).mean((1, 3))
+    assert np.abs(frame.pixels - blocks).max() <= 0.5
+    columns = frame.columns
+    assert (columns["original_rows"], columns["original_columns"]) == (320, 200)
+    assert (columns["spacing_row_mm"], columns["spacing_column_mm"]) == (0.2, 0.4)
+
+
+def _region(left, top, right, bottom, kind=1):
+    item = Dataset()
+    item.RegionSpatialFormat, item.RegionDataType, item.RegionFlags = kind, 1, 0
+    item.RegionLocationMinX0, item.RegionLocationMinY0 = left, top
+    item.RegionLocationMaxX1, item.RegionLocationMaxY1 = right, bottom
+    item.PhysicalUnitsXDirection = item.PhysicalUnitsYDirection = 3
+    item.PhysicalDeltaX, item.PhysicalDeltaY = 0.02, -0.03
+    return item
+
+
+def test_ultrasound_is_cropped_to_its_largest_tissue_region(tmp_path):
+    raw = grey("uint8", 8, (120, 160))
+    regions = [_region(0, 0, 159, 119, kind=3), _region(10, 20, 69, 79), _region(80, 20, 120, 60)]
+    path = write(tmp_path / "f", raw, "US", 8, SequenceOfUltrasoundRegions=Sequence(regions))
+    frame = one(path)
+    assert np.array_equal(frame.pixels, raw[20:80, 10:70])
+    assert frame.columns["spacing_row_mm"] == pytest.approx(0.3)
+    assert frame.columns["spacing_column_mm"] == pytest.approx(0.2)
+    assert (frame.columns["original_rows"], frame.columns["original_columns"]) == (120, 160)
+
+
+def test_a_cine_gives_at_most_n_frames_evenly_spread(tmp_path):
+    clip = np.stack([grey("uint8", 8, seed=s) for s in range(10)])
+    path = write(tmp_path / "f", clip, "US", 8, frames=True)
+    frames = read(path, allow_burned_in=True, frames_per_cine=4)
+    assert [f.index for f in frames] == [0, 2, 5, 7]
+    assert all(np.array_equal(f.pixels, clip[f.index]) for f in frames)
+
+
+def test_an_enhanced_object_gives_every_frame_with_its_own_geometry_and_rescale(tmp_path):
+    volume = np.stack([grey("int16", 12, seed=s) for s in range(20)])
+    groups = []
+    for z in range(20):
+        group = Dataset()
+        position, values = Dataset(), Dataset()
+        position.ImagePositionPatient = [1, 2, 3.5 * z]
+        values.RescaleSlope, values.RescaleIntercept, values.RescaleType = 1, z, "HU"
+        group.PlanePositionSequence = Sequence([position])
+        group.PixelValueTransformationSequence = Sequence([values])
+        groups.append(group)
+    shared, measures, plane = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = [0.5, 0.6], 3.5
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = Sequence([measures]), Sequence([plane])
+    path = write(
+        tmp_path / "f",
+        volume,
+        "CT",
+        12,
+        frames=True,
+        PerFrameFunctionalGroupsSequence=Sequence(groups),
+        SharedFunctionalGroupsSequence=Sequence([shared]),
+    )
+    frames = read(path, frames_per_cine=4)
+    assert [f.index for f in frames] == list(range(20))
+    for z, frame in enumerate(frames):
+        assert np.array_equal(frame.pixels, np.clip(volume[z].astype(int) + z, -1024, 32767))
+        assert frame.columns["position_mm"] == [1, 2, 3.5 * z]
+        assert frame.columns["orientation"] == [1, 0, 0, 0, 1, 0]
+        assert (frame.columns["spacing_row_mm"], frame.columns["spacing_column_mm"]) == (0.5, 0.6)
+        assert frame.columns["slice_thickness_mm"] == 3.5
+
+
+def test_twelve_bit_jpeg_extended_is_read(tmp_path):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    smooth = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint16) * 16
+    stream = bytes(imagecodecs.jpeg_encode(smooth, level=98, bitspersample=12))
+    from pydicom.encaps import encapsulate
+
+    path = write(tmp_path / "f", smooth, "CR", 12)
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.51"
+    data.PixelData = encapsulate([stream])
+    data["PixelData"].is_undefined_length = True
+    data.save_as(path)
+    frame = one(path)
+    assert np.abs(frame.pixels.astype(int) - smooth).max() < 24
+    assert frame.columns["lossy_source"]
+
+
+@pytest.mark.parametrize("syntax", ["4.201", "4.202", "4.203"])
+def test_htj2k_is_read(tmp_path, syntax):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    from pydicom.encaps import encapsulate
+
+    pixels = grey("uint16", 12)
+    path = write(tmp_path / "f", pixels)
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = f"1.2.840.10008.1.2.{syntax}"
+    data.PixelData = encapsulate([bytes(imagecodecs.htj2k_encode(pixels, reversible=True))])
+    data["PixelData"].is_undefined_length = True
+    data.save_as(path)
+    assert np.array_equal(one(path).pixels, pixels)
+
+
+def test_every_encoder_of_this_test_is_really_used():
+    """The oracle would be empty if the syntaxes fell back to one another."""
+    assert (
+        len({bytes(encode(grey("uint8", 8), 8, s)) for s in GREY if s.is_compressed and s.is_encapsulated})
+        == 4
+    )
