@@ -1,0 +1,183 @@
+"""The command `python -m trainer` on a small real dataset: exit codes, signals, one line for a mistake."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shards.commit import commit_unit
+from shards.dataset import open_or_create
+from shards.ids import digest
+from shards.store import Store
+from tests.shards.make import info, samples
+from tests.trainer.fake import tiny
+from trainer import checkpoint, journal
+from trainer.__main__ import main
+from trainer.batches import BatchMaker
+from trainer.config import TrainConfig, load_config
+from trainer.export import load_encoder
+from trainer.prepare import dataset_fingerprint, prepare
+
+ROOT = Path(__file__).parents[2]
+
+
+def add_unit(store: Store, scratch: Path, modality: str, first: int = 0) -> None:
+    unit = digest("unit", modality, str(first))
+    commit_unit(store, unit, samples(unit, modality, first, 12), [], scratch, 12)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    store = Store(folder / "root")
+    open_or_create(store, info())
+    for modality in ("ct", "xr"):
+        add_unit(store, folder / "scratch", modality)
+    return folder / "root"
+
+
+@pytest.fixture(scope="module")
+def preset(dataset) -> Path:
+    """The tiny run, on the dataset, with the energy augmentation."""
+    config = tiny(views__energy_probability=0.8, views__sigmas=[1, 2], data__split="all", log_every_steps=1)
+    tree = config.model_dump(mode="json")
+    tree["data"]["dataset"] = str(dataset)
+    path = dataset.parent / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def command(preset: Path, run_dir: Path, *more: str) -> list[str]:
+    run = ["--preset", str(preset), "--run-dir", str(run_dir), "--device", "cpu", *more]
+    return [sys.executable, "-m", "trainer", *run]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in journal.read(journal.journal_path(run_dir))]
+
+
+def test_sigterm_saves_and_exits_130_and_the_same_command_goes_on_exactly(preset, tmp_path):
+    more = ("--set", "max_steps=40", "--set", "checkpoint.every_steps=100")
+    first = subprocess.Popen(
+        command(preset, tmp_path / "run", *more),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stderr is not None
+    for line in first.stderr:
+        if line.startswith("step 3/40"):
+            first.send_signal(signal.SIGTERM)
+            break
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 130
+    (step,) = checkpoint.list_steps(tmp_path / "run")
+    assert 3 <= step < 40
+    assert output == f"stopped at step {step}, checkpoint saved: the same command continues\n"
+    # Without worker processes, in this process: neither changes a loss.
+    rest = [*command(preset, tmp_path / "run", *more)[3:], "--workers", "0"]
+    assert main(rest) == 0
+    assert main([*command(preset, tmp_path / "straight", *more)[3:], "--workers", "0"]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert len(losses(tmp_path / "run")) == 40
+
+
+def test_a_finished_run_has_an_encoder_and_says_that_nothing_is_left_to_do(preset, tmp_path, capsys):
+    arguments = [*command(preset, tmp_path)[3:], "--workers", "0", "--set", "max_steps=4"]
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("finished 4 steps; the encoder is")
+    assert "step 4/4  loss" in told.err and "left" in told.err
+    _, about = load_encoder(tmp_path / "encoder.safetensors")
+    assert (about.step, about.modalities, about.backbone) == (4, ("ct", "xr"), "resnet-tiny")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("nothing to do: the run was complete at step 4")
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--set", "optim.learning_rat=1"], "unknown setting optim.learning_rat"),
+        (["--set", "data.batch_size=9"], "is no multiple of the 2 modalities: use 8 or 10"),
+        (["--set", "data.dataset=/nowhere"], "dataset"),
+        (["--set", "data.dataset=''"], "data.dataset is not set"),
+        (["--set", "data.modalities=[ct, us]"], "the dataset has no us images"),
+        (["--preset", "papper"], "no preset is called 'papper': choose from demo, paper-2d"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(preset, tmp_path, capsys, more, text):
+    assert main([*command(preset, tmp_path)[3:], *more, "--workers", "0"]) == 2
+    told = capsys.readouterr().err
+    assert text in told and told.startswith("error: ") and told.count("\n") == 1
+
+
+def test_world_size_that_cannot_share_a_batch_is_refused(preset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    assert main(command(preset, tmp_path)[3:]) == 2
+    assert "use a batch_size that is a multiple of 6" in capsys.readouterr().err
+
+
+def config_of(preset: Path) -> TrainConfig:
+    return load_config(str(preset))
+
+
+def test_band_statistics_are_fitted_once_a_run_and_kept(preset, tmp_path, monkeypatch):
+    config = config_of(preset)
+    first = prepare(config, tmp_path)
+    data = (tmp_path / "bands.json").read_bytes()
+    assert prepare(config, tmp_path) == first and (tmp_path / "bands.json").read_bytes() == data
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+
+    def never(*_: object) -> None:
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr("trainer.prepare.fit_bands", never)
+    assert prepare(config, tmp_path) == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bands.json", "checkpoints"]
+
+
+def test_the_fingerprint_changes_with_the_data_alone(dataset, tmp_path):
+    before = dataset_fingerprint(str(dataset))
+    assert dataset_fingerprint(str(dataset)) == before
+    store = Store(tmp_path / "copy")
+    open_or_create(store, info())
+    for modality in ("ct", "xr"):
+        add_unit(store, tmp_path / "scratch", modality)
+    assert dataset_fingerprint(str(tmp_path / "copy")) == before
+    add_unit(store, tmp_path / "scratch", "ct", 100)
+    assert dataset_fingerprint(str(tmp_path / "copy")) != before
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_world_size_trains_on_the_same_samples_in_the_same_steps(preset, tmp_path, world):
+    config = config_of(preset)
+    bands = prepare(config, tmp_path).bands
+    makers = [BatchMaker(config, rank, world, bands) for rank in range(world)]
+    for step in (0, 7):
+        parts = [maker(step) for maker in makers]
+        whole = BatchMaker(config, 0, 1, bands)(step)
+        assert sorted(key for part in parts for key in part.keys) == sorted(whole.keys)
+        for part in parts:  # G14: equal subsets of each modality on every rank
+            assert len(part.keys) == config.data.batch_size // world
+
+
+def test_the_paper_s_preset_is_table_one():
+    config = load_config("paper-2d")
+    assert [(c.count, c.size) for c in config.views.crops] == [(2, 224), (6, 92)]
+    assert (config.views.default_size_range, config.views.border) == ((600, 1200), (0.1, 0.1))
+    swav, optim = config.swav, config.optim
+    assert (swav.temperature, swav.epsilon, swav.sinkhorn_iterations) == (0.1, 0.03, 3)
+    assert (swav.prototypes, swav.queue_length, swav.freeze_prototypes_steps) == (3000, 3840, 10_000)
+    assert (config.model.feature_dim, swav.assign) == (128, (0, 1))
+    assert (optim.learning_rate, optim.final_learning_rate, optim.weight_decay) == (0.6, 0.0006, 1e-6)
+    # Where the table is silent, the defaults are the same reading of it.
+    changed = {"views": {"geometry"}, "swav": {"queue_start_step"}}
+    for name, keys in changed.items():
+        ours, default = getattr(config, name), getattr(TrainConfig(), name)
+        skipped = keys | ({"crops"} if name == "views" else set())
+        assert ours.model_dump(exclude=skipped) == default.model_dump(exclude=skipped)
