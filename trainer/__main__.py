@@ -96,14 +96,14 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Set by the first SIGTERM or Ctrl-C; the second one ends the process at once."""
+    """Set by SIGTERM or Ctrl-C. More of them change nothing: after Ctrl-C torchrun sends its ranks one more,
+    and a checkpoint must not die of it (SIGQUIT ends the process at once)."""
     flag = StopFlag()
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in signals}
 
     def note(number: int, _: object) -> None:
         flag.is_set = True
-        signal.signal(number, signal.SIG_DFL)
 
     for number in signals:
         signal.signal(number, note)
@@ -160,7 +160,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--run-dir", required=True, help="folder of checkpoints, metrics and the encoder")
     parser.add_argument("--workers", type=int, default=1, help="batch processes of each rank; 0: none")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.workers < 0:
+        parser.error("--workers must be 0 or more")
+    return options
 
 
 if __name__ == "__main__":

@@ -5,7 +5,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from shards import catalog
+from shards.commit import commit_unit
+from shards.dataset import open_or_create
 from shards.errors import UserError
+from shards.ids import digest
+from shards.store import Store
+from tests.shards.make import info, samples
 from tests.trainer.fake import tiny
 from trainer.downstream import probe, splits
 from trainer.downstream.features import extract, pixels
@@ -168,6 +174,24 @@ def test_the_summary_says_what_lies_outside_the_spread():
 def test_summary_tells_how_much_of_the_test_set_pretraining_saw(evaluation):
     assert {s["probe"] for s in evaluation.summary} == {"linear", "knn"}
     assert all(0.5 < s["seen_in_pretraining"] < 1 and s["patients"] == 24 for s in evaluation.summary)
+
+
+def test_a_dataset_s_own_images_are_joined_with_its_labels_by_key(tmp_path):
+    unit = digest("unit", "labelled")
+    store = Store(tmp_path / "root")
+    open_or_create(store, info())
+    commit_unit(store, unit, samples(unit, "ct", 0, 24), [], tmp_path / "scratch", 24)
+    root = str(tmp_path / "root")
+    table = catalog.load(root, "ct")
+    patients = sorted(set(table["patient"].to_pylist()))
+    classes = [f"class{patients.index(p) % 2}" for p in table["patient"].to_pylist()]
+    labels = pa.table({"key": table["key"].to_pylist()[:-1], "label": classes[:-1]})
+    data = probe.load_labelled(root, "ct", labels, 16, {})
+    assert data.images.shape == (23, 1, 16, 16) and data.classes == ("class0", "class1")
+    assert [f"class{y}" for y in data.labels] == classes[:-1]
+    encoder = (build_backbone("resnet-tiny", 1), encoder_info(tiny(data__modalities=["ct"]), 12, "madeup"))
+    found = probe.evaluate(root, labels, [encoder], seeds=(0,), random_seeds=(0,))
+    assert {row["encoder"] for row in found.rows} == {"pretrained", "random", "pixels"}
 
 
 def test_nothing_to_evaluate_is_a_clear_refusal(monkeypatch):

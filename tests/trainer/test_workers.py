@@ -1,7 +1,9 @@
 """Batches from processes: in order, the same bytes, whatever dies."""
 
 import os
+import select
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from tests.trainer.fake import FakeBatches, tiny
 from trainer import workers
 from trainer.batches import Batch
 from trainer.workers import BatchWorkers
+
+ROOT = Path(__file__).parents[2]
 
 
 def feed(factory, n: int = 2, stop: int = 12, bands=None) -> BatchWorkers:
@@ -96,6 +100,32 @@ def test_a_mistake_in_a_worker_is_the_same_one_line():
         next_batch(0)
         with pytest.raises(UserError, match="run ingest verify"):
             next_batch(1)
+
+
+PARENT = """
+import sys
+from tests.trainer.test_workers import FakeBatches, feed
+next_batch = feed(FakeBatches)
+next_batch(0)
+print(*next_batch.pids, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_of_a_killed_parent_end():
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with parent:
+        assert parent.stdout is not None
+        handles = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(handles) == 2
+    for handle in handles:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        assert poll.poll(60_000), "a worker lives on"
+        os.close(handle)
 
 
 def test_steps_are_asked_for_in_order():
