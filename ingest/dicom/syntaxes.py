@@ -4,7 +4,8 @@ Everything decodes to raw samples: no colour conversion, no shifts (see pixels.p
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -92,17 +93,29 @@ def decode_raw(dataset: Dataset, syntax: str, index: int, frames: int) -> tuple[
     # pydicom's own masking takes HighBit for BitsStored - 1.
     options: dict[str, Any] = {"index": index, "raw": True, "correct_unused_bits": False}
     plugin = PREFERRED.get(syntax, "")
-    try:
-        array, meta = decoder.as_array(dataset, decoding_plugin=plugin, **options)
-    except (RuntimeError, ValueError, NotImplementedError):
-        if not plugin:
-            raise
-        array, meta = decoder.as_array(dataset, **options)
+    with _panics_as_errors():
+        try:
+            array, meta = decoder.as_array(dataset, decoding_plugin=plugin, **options)
+        except (RuntimeError, ValueError, NotImplementedError):
+            if not plugin:
+                raise
+            array, meta = decoder.as_array(dataset, **options)
     photometric = str(meta["photometric_interpretation"])
     if syntax in (JPEG_BASELINE, JPEG_EXTENDED) and photometric.startswith("YBR") and array.ndim == 3:
         # With an Adobe marker that says YCbCr, libjpeg has converted already.
         photometric = "RGB" if _adobe_transform(_frame_bytes(dataset, index, frames)) == 1 else photometric
     return array, photometric
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """A panic of a codec written in Rust is no Exception: make it one."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__.startswith("pyo3"):
+            raise RuntimeError("the decoder panicked") from None
+        raise
 
 
 def _own_decoder(dataset: Dataset, syntax: str, index: int, frames: int) -> NDArray | None:
