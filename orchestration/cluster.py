@@ -41,11 +41,16 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """`local`: started for this command. `cpus`: logical CPUs of the whole cluster."""
+    """`cpus`: logical CPUs of the whole cluster. `folder`: of the local Ray that was started for this
+    command, None on a running one; what is below goes with it, also after a kill."""
 
-    local: bool
     cpus: int
     address: str
+    folder: Path | None
+
+    @property
+    def local(self) -> bool:
+        return self.folder is not None
 
 
 def prepare_environment() -> None:
@@ -96,7 +101,7 @@ def connected(
     import ray
 
     if ray.is_initialized():
-        yield _describe(local=False)
+        yield _describe(None)
         return
     options: dict[str, Any] = {
         "log_to_driver": verbose,
@@ -110,7 +115,7 @@ def connected(
         else:
             _connect(target, options)
         _restore(handlers)  # ray.init puts its own SIGTERM handler; the command's has to stay
-        yield _describe(local)
+        yield _describe(_process_folder() if local else None)
     finally:
         ray.shutdown()
         _restore(handlers)
@@ -119,11 +124,11 @@ def connected(
                 shutil.rmtree(session, ignore_errors=True)
 
 
-def _describe(local: bool) -> Cluster:
+def _describe(folder: Path | None) -> Cluster:
     import ray
 
     cpus = int(ray.cluster_resources().get("CPU", 0))
-    return Cluster(local, cpus, ray.get_runtime_context().gcs_address)
+    return Cluster(cpus, ray.get_runtime_context().gcs_address, folder)
 
 
 def _start(cpus: int, gpus: int | None, store: int, options: dict[str, Any]) -> None:
@@ -136,6 +141,8 @@ def _start(cpus: int, gpus: int | None, store: int, options: dict[str, Any]) -> 
         object_store_memory=store,
         include_dashboard=False,
         _temp_dir=str(_process_folder()),
+        # Workers of a killed command end after so many seconds, not after a minute: the GCS went with it.
+        _system_config={"gcs_rpc_server_reconnect_timeout_s": 5},
         **options,
     )
 

@@ -5,7 +5,6 @@ worker, a killed driver or a second run of the same command change nothing. Noth
 leaves a worker: reason codes, counts and seconds only.
 """
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestration.cluster import StopFlag, connected, pin_threads, runtime_env
+from orchestration.cluster import Cluster, StopFlag, connected, pin_threads, runtime_env
 from orchestration.metrics import Metrics, endpoint
 from orchestration.progress import Progress, format_seconds
 from shards.errors import UserError
@@ -31,6 +30,7 @@ RETRIES = 3  # of a unit whose worker died
 FAILED_REASONS = ("crashed", "decode_failed")  # what the failure budget counts
 SWEEP_AGE_SECONDS = 3600.0  # no commit takes that long: what is older has no writer
 POLL_SECONDS = 0.5
+CANCEL_SECONDS = 3.0
 
 
 @dataclass
@@ -87,10 +87,9 @@ def run_ingest(
             with (
                 connected(address, cpus=count, verbose=verbose) as cluster,
                 endpoint(metrics, Path(config.output), "ingest", metrics_port, metrics_host) as url,
-                _scratch(cluster.local) as scratch,
             ):
                 say(f"ingest: {len(job.units)} units on {count} workers; metrics at {url}")
-                convert = _Conversion(job, config, scratch, metrics, summary)
+                convert = _Conversion(job, config, _scratch(cluster), metrics, summary)
                 convert.run(count if workers or cluster.local else max(count, cluster.cpus), stop, stream)
         elif not job.units:
             say("ingest: nothing to do, every input is already in the dataset")
@@ -154,14 +153,13 @@ def read_key(file: str | None) -> bytes:
     return load_key(file)
 
 
-@contextlib.contextmanager
-def _scratch(local: bool) -> Iterator[str | None]:
-    """A folder for the workers' scratch on this machine; on a named cluster each node uses its own."""
-    if not local:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="medswav-scratch-", ignore_cleanup_errors=True) as folder:
-        yield folder
+def _scratch(cluster: Cluster) -> str | None:
+    """The folder for the workers' scratch on this machine; on a named cluster each node uses its own."""
+    if cluster.folder is None:
+        return None
+    folder = cluster.folder / "scratch"
+    folder.mkdir(exist_ok=True)
+    return str(folder)
 
 
 def _convert(unit: "Unit", common: tuple[str, Any, str, str | None]) -> Any:
@@ -228,10 +226,15 @@ class _Conversion:
             self._pending[self._task.remote(unit, self._common)] = unit
 
     def _cancel(self) -> None:
-        """Kill what runs: a commit is atomic, and what was not committed is done again by the next run."""
+        """End what runs: a commit is atomic, and what was not committed is done again by the next run."""
         import ray
 
-        for reference in self._pending:
+        left = list(self._pending)
+        for reference in left:
+            ray.cancel(reference)  # as Ctrl-C: the worker removes its scratch
+        if left:
+            _, left = ray.wait(left, num_returns=len(left), timeout=CANCEL_SECONDS)
+        for reference in left:
             ray.cancel(reference, force=True)
         self._pending.clear()
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from shards.errors import UserError
+from shards.store import clear_errors
 
 Kind = Literal["counter", "gauge", "histogram"]
 TARGETS_FILE = "metrics-targets.json"
@@ -207,10 +208,11 @@ def endpoint(
 
 
 def _write_targets(entry: Path, target: str, job: str) -> None:
-    entry.parent.mkdir(parents=True, exist_ok=True)
     temporary = entry.with_name(f".{entry.name}.{os.getpid()}")
-    temporary.write_text(json.dumps([{"targets": [target], "labels": {"job": "medswav", "task": job}}]))
-    temporary.replace(entry)
+    with clear_errors(entry.parent):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps([{"targets": [target], "labels": {"job": "medswav", "task": job}}]))
+        temporary.replace(entry)
 
 
 def _version() -> str:

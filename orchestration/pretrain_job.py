@@ -365,19 +365,20 @@ class _Job:
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
         threads = {**THREAD_ENV, "OMP_NUM_THREADS": str(self._config.threads)}
+        run_config: Any = RunConfig(
+            name="train",  # of an empty folder: what we save does not go through Ray
+            storage_path=str(self._run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=-1),  # the driver counts: it sees the checkpoints
+            callbacks=[_failure_callback(control)],
+            worker_runtime_env={"env_vars": threads},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        )
         trainer = TorchTrainer(
             run_rank,
             train_loop_config={"rank": settings},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-            run_config=RunConfig(
-                name="train",  # of an empty folder: what we save does not go through Ray
-                storage_path=str(self._run_dir / "ray"),
-                failure_config=FailureConfig(max_failures=-1),  # the driver counts: it sees the checkpoints
-                callbacks=[_failure_callback(control)],
-                worker_runtime_env={"env_vars": threads},
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
+            run_config=run_config,
         )
         try:
             trainer.fit()

@@ -1,0 +1,76 @@
+"""One Ray cluster for the session, as a child of the tests; sources and datasets made once."""
+
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.orchestration import jobs
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """address: of the GCS; dashboard: URL; root: pid whose descendants are Ray's; env: to reach it."""
+
+    address: str
+    dashboard: str
+    root: int
+    env: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """`ray start --head --block` with token authentication; ended by SIGTERM, never by `ray stop`."""
+    folder = Path(tempfile.mkdtemp(prefix="mw-ray-", dir="/tmp"))  # sockets need a short path
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    env = jobs.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    port, dashboard, client = free_ports(3)
+    command = [
+        str(jobs.BIN / "ray"),
+        *["start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"],
+        *["--num-cpus=8", f"--object-store-memory={200 * 2**20}", f"--temp-dir={folder}"],
+        *["--include-dashboard=true", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"],
+        "--disable-usage-stats",
+    ]
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        with jobs.child(command, folder / "log", env) as process:
+            jobs.poll("dashboard", lambda: answers(url, token.read_text()), process)
+            yield RayCluster(f"127.0.0.1:{port}", url, process.pid, env)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(url: str, token: str) -> bool:
+    request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago, all different, outside Ray's range for workers (10002-19999)."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+    assert not any(10002 <= port <= 19999 for port in ports)
+    return ports
