@@ -62,17 +62,27 @@ class ProcessReader:
         self._seconds = file_seconds
         self._memory_mib = memory_mib
         self._child: subprocess.Popen[bytes] | None = None
+        self._served = 0  # requests that this child got
 
     def read(self, path: str, kind: str, modality: str) -> Iterator[Item]:
         """Items of the file; the last one is Refusal(CRASHED) where the child was lost."""
-        finished = False
+        request = json.dumps({"path": path, "kind": kind, "modality": modality}).encode()
+        finished = started = False
         try:
-            self._send(json.dumps({"path": path, "kind": kind, "modality": modality}).encode())
             while not finished:
-                item, finished = self._receive()
+                try:
+                    if not started:
+                        self._send(request)
+                    item, finished = self._receive()
+                except _ChildLostError:
+                    if not started and self._served > 1:
+                        # It may have died of an earlier file or of an outside kill: a new child shows.
+                        self.close()
+                        continue
+                    yield Refusal(Reason.CRASHED, modality=modality)
+                    return
+                started = True
                 yield item
-        except _ChildLostError:
-            yield Refusal(Reason.CRASHED, modality=modality)
         finally:
             if not finished:  # also when the consumer stopped half-way: what follows would be misread
                 self.close()
@@ -87,25 +97,14 @@ class ProcessReader:
                 _close(pipe)
 
     def _send(self, request: bytes) -> None:
-        message = HEADER.pack(len(request), 0) + request
-        for attempt in range(2):
-            child = self._running()
-            assert child.stdin is not None
-            try:
-                child.stdin.write(message)
-                child.stdin.flush()
-                return
-            except BrokenPipeError:  # it died between two files: not the fault of this one
-                self.close()
-                if attempt:
-                    raise _ChildLostError from None
-
-    def _running(self) -> "subprocess.Popen[bytes]":
-        if self._child is not None and self._child.poll() is not None:
-            self.close()
         if self._child is None:
-            self._child = _start(self._rules, self._seconds, self._memory_mib)
-        return self._child
+            self._child, self._served = _start(self._rules, self._seconds, self._memory_mib), 0
+        self._served += 1
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(HEADER.pack(len(request), 0) + request)
+        except BrokenPipeError:
+            raise _ChildLostError from None
 
     def _receive(self) -> tuple[Item, bool]:
         """The next item and whether it is the last of its file."""

@@ -1,0 +1,164 @@
+"""A unit is a pure function of inputs, settings and key; every input is accounted for; nothing twice."""
+
+import cv2
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+
+from ingest.convert import dataset_info, run_unit
+from ingest.deidentify import source_id
+from shards import catalog
+from shards.codec import get_codec
+from shards.dataset import open_or_create
+from shards.errors import UserError
+from shards.schema import Reason
+from shards.store import Store
+from shards.tar import ShardReader
+from shards.verify import verify
+from tests.ingest.files import NAMES, config, grey, ingest, tree, units, write
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "s"
+    for number in range(3):
+        write(folder / f"m{number}", grey(seed=number), number=number)
+    write(folder / "c", grey("int16", 12), "CT", number=7, patient="P2")
+    write(folder / "bad", number=8, patient="P2", Rows=4000)
+    (folder / "note.txt").write_text("x")
+    return folder
+
+
+def test_equal_runs_give_equal_bytes_with_and_without_the_decoder_process(source, tmp_path):
+    ingest(source, tmp_path / "a")
+    ingest(source, tmp_path / "b", sandbox="process")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert not verify(tmp_path / "a", deep=True).problems
+
+
+def test_every_input_is_a_sample_or_a_refusal(source, tmp_path):
+    results = ingest(source, tmp_path / "a")
+    assert sum(r.inputs for r in results) == 6
+    samples = catalog.load(tmp_path / "a")
+    refused = {row["source"]: row["reason"] for row in catalog.quarantine(tmp_path / "a").to_pylist()}
+    assert samples.num_rows == 4
+    assert refused == {
+        source_id("bad", NAMES): Reason.DECODE_FAILED,
+        source_id("note.txt", NAMES): Reason.NOT_AN_IMAGE,
+    }
+    assert set(samples["source"].to_pylist()) == {source_id(n, NAMES) for n in ("m0", "m1", "m2", "c")}
+
+
+def test_the_stored_pixels_are_those_that_were_read(source, tmp_path):
+    ingest(source, tmp_path / "a")
+    reader = ShardReader(tmp_path / "a")
+    for row in catalog.load(tmp_path / "a", "mr").to_pylist():
+        data = reader.read("mr", row["shard"], row["offset"], row["size"])
+        pixels = get_codec("htj2k").decode(data)
+        seed = next(n for n in range(3) if source_id(f"m{n}", NAMES) == row["source"])
+        assert np.array_equal(pixels, grey(seed=seed))
+        assert (row["minimum"], row["maximum"]) == (0, 4095)
+
+
+def test_a_committed_unit_is_not_done_again(source, tmp_path):
+    first = ingest(source, tmp_path / "a")
+    assert ingest(source, tmp_path / "a") == []
+    settings = config(source, tmp_path / "a")
+    before = tree(tmp_path / "a")
+    again = run_unit(
+        units(config(source, tmp_path / "b"))[0], settings, NAMES, tmp_path / "a", tmp_path / "t"
+    )
+    assert again.samples == first[0].samples and tree(tmp_path / "a") == before
+
+
+def test_other_settings_are_refused_by_name(source, tmp_path):
+    ingest(source, tmp_path / "a")
+    settings = config(source, tmp_path / "a", xr_max_side=800)
+    with pytest.raises(UserError, match=r"xr_max_side was 1200, now 800"):
+        open_or_create(Store(tmp_path / "a"), dataset_info(settings, NAMES))
+
+
+def test_more_files_later_are_converted_alone(source, tmp_path):
+    ingest(source, tmp_path / "a")
+    keys = set(catalog.load(tmp_path / "a")["key"].to_pylist())
+    write(source / "later", grey(seed=9), number=9)
+    results = ingest(source, tmp_path / "a")
+    assert [r.inputs for r in results] == [1]
+    now = catalog.load(tmp_path / "a")["key"].to_pylist()
+    assert keys < set(now) and len(now) == len(set(now)) == 5
+
+
+def test_an_input_that_vanished_after_the_plan_is_in_the_quarantine(source, tmp_path):
+    settings = config(source, tmp_path / "a")
+    todo = units(settings)
+    (source / "m1").unlink()  # after planning: noticed when it is read
+    for unit in todo:
+        run_unit(unit, settings, NAMES, tmp_path / "a", tmp_path / "t")
+    rows = {r["source"]: r["reason"] for r in catalog.quarantine(tmp_path / "a").to_pylist()}
+    assert rows[source_id("m1", NAMES)] == Reason.SOURCE_MISSING
+    assert catalog.load(tmp_path / "a").num_rows == 3
+
+
+def test_duplicates_are_kept_once_and_collisions_quarantined(tmp_path):
+    folder = tmp_path / "s"
+    write(folder / "a", grey(seed=1), number=1, ImagePositionPatient=[0, 0, 1])
+    write(folder / "b", grey(seed=1), number=1, ImagePositionPatient=[0, 0, 1])  # the same again
+    write(folder / "c", grey(seed=2), number=1)  # same UID, other pixels
+    write(folder / "d", grey(seed=1), number=2, ImagePositionPatient=[0, 0, 1])  # other UID, same image
+    write(folder / "e", grey(seed=1), number=3, ImagePositionPatient=[0, 0, 2])  # same pixels elsewhere
+    ingest(folder, tmp_path / "out")
+    rows = {r["source"]: r["reason"] for r in catalog.quarantine(tmp_path / "out").to_pylist()}
+    assert rows == {
+        source_id("b", NAMES): Reason.DUPLICATE,
+        source_id("c", NAMES): Reason.UID_COLLISION,
+        source_id("d", NAMES): Reason.DUPLICATE,
+    }
+    kept = catalog.load(tmp_path / "out")["source"].to_pylist()
+    assert sorted(kept) == sorted(source_id(name, NAMES) for name in "ae")
+
+
+def test_listed_images_take_modality_patient_and_split_of_their_table(tmp_path):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    wide = grey("uint16", 16, (60, 50))
+    cv2.imwrite(str(folder / "a.png"), wide)
+    cv2.imwrite(str(folder / "b.tif"), grey("uint8", 8, seed=1))
+    cv2.imwrite(str(folder / "c.png"), np.stack([grey("uint8", 8, seed=s) for s in range(3)], -1))
+    cv2.imwrite(str(folder / "d.png"), np.stack([grey("uint8", 8, seed=4)] * 3, -1))
+    cv2.imwrite(str(folder / "e.png"), grey("uint8", 8, seed=5))
+    (folder / "f.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    table = folder / "list.csv"
+    lines = ["file,modality,patient,split", "a.png,X-ray,P1,test", "b.tif,CT,P1,test", "c.png,US,P2,train"]
+    table.write_text("\n".join([*lines, "d.png,MR,P3,val", "f.png,MR,P3,val", "gone.png,MR,P4,val"]) + "\n")
+    tables = [{"path": str(table), "split_column": "split"}]
+    ingest(folder, tmp_path / "out", tables=tables)
+    rows = {r["modality"]: r for r in catalog.load(tmp_path / "out").to_pylist()}
+    assert {m: r["split"] for m, r in rows.items()} == {
+        "xr": "test",
+        "ct": "test",
+        "us": "train",
+        "mr": "val",
+    }
+    assert rows["xr"]["patient"] == rows["ct"]["patient"] == NAMES.id("patient", "P1")
+    assert (rows["xr"]["dtype"], rows["xr"]["rows"], rows["xr"]["columns"]) == ("uint16", 60, 50)
+    assert (rows["xr"]["minimum"], rows["xr"]["maximum"]) == (wide.min(), wide.max())
+    assert rows["us"]["was_color"] and not rows["mr"]["was_color"]
+    reasons = {r["source"]: r["reason"] for r in catalog.quarantine(tmp_path / "out").to_pylist()}
+    assert reasons == {
+        source_id("e.png", NAMES): Reason.NOT_LISTED,
+        source_id("f.png", NAMES): Reason.UNREADABLE,
+    }
+
+
+def test_no_patient_crosses_splits_and_files_without_one_are_kept_apart(tmp_path):
+    folder = tmp_path / "s"
+    for number in range(12):
+        write(folder / f"{number}", grey(seed=number), number=number, patient=f"P{number % 4}")
+    write(folder / "x", grey(seed=50), number=50, patient="", StudyInstanceUID="1.2.9")
+    write(folder / "y", grey(seed=51), number=51, patient="", StudyInstanceUID="1.2.9")
+    write(folder / "z", grey(seed=52), number=52, patient="", StudyInstanceUID="")
+    ingest(folder, tmp_path / "out")
+    table = catalog.load(tmp_path / "out")
+    splits = table.group_by("patient").aggregate([("split", "count_distinct")])
+    assert pc.max(splits["split_count_distinct"]).as_py() == 1
+    assert splits.num_rows == 6

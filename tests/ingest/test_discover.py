@@ -1,0 +1,117 @@
+"""The inventory: every file once, by content, in a fixed order, and clear words for an unusable source."""
+
+import os
+import shutil
+
+import cv2
+import pytest
+
+from ingest.discover import inventory, unchanged
+from shards.errors import UserError
+from tests.ingest.files import config, grey, write
+
+
+def listed(source, **settings):
+    return inventory(config(source, source / "out", **settings))
+
+
+def test_content_decides_what_a_file_is(tmp_path):
+    write(tmp_path / "s" / "picture.jpg")
+    (tmp_path / "s" / "fake.dcm").write_text("no image")
+    kinds = {entry.relative: entry.kind for entry in listed(tmp_path / "s")}
+    assert kinds == {"picture.jpg": "dicom", "fake.dcm": "other"}
+
+
+def test_empty_missing_and_useless_sources_are_named_as_such(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        listed(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        listed(tmp_path / "empty")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="no DICOM"):
+        listed(tmp_path / "texts")
+
+
+def test_the_output_and_loops_of_links_are_not_walked(tmp_path):
+    source = tmp_path / "s"
+    write(source / "a" / "f")
+    (source / "out").mkdir()
+    (source / "out" / "dataset.json").write_text("{}")
+    (source / "a" / "loop").symlink_to(source)
+    elsewhere = write(tmp_path / "elsewhere" / "g", number=2)
+    (source / "linked").symlink_to(elsewhere.parent)
+    assert sorted(e.relative for e in listed(source)) == ["a/f", "linked/g"]
+
+
+def test_a_pipe_is_an_input_and_does_not_block(tmp_path):
+    write(tmp_path / "s" / "f")
+    os.mkfifo(tmp_path / "s" / "pipe")
+    assert {e.relative: e.kind for e in listed(tmp_path / "s")}["pipe"] == "other"
+
+
+def test_equal_files_of_two_sources_are_two_inputs(tmp_path):
+    write(tmp_path / "a" / "f")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    settings = config(tmp_path / "a", tmp_path / "out", sources=[str(tmp_path / "a"), str(tmp_path / "b")])
+    entries = inventory(settings)
+    assert len({entry.identity for entry in entries}) == 2
+    assert all(unchanged(entry) for entry in entries)
+    overlapping = config(
+        tmp_path, tmp_path / "out", sources=[str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "f")]
+    )
+    assert len(inventory(overlapping)) == 2
+
+
+def test_a_changed_file_is_noticed(tmp_path):
+    path = write(tmp_path / "s" / "f")
+    entry = listed(tmp_path / "s")[0]
+    assert unchanged(entry)
+    write(path, grey(seed=1), patient="P2")
+    assert not unchanged(entry)
+
+
+def test_images_count_only_where_a_table_lists_them(tmp_path):
+    source = tmp_path / "s"
+    source.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        cv2.imwrite(str(source / name), grey("uint8", 8))
+    with pytest.raises(UserError, match="table"):
+        listed(source)
+    (source / "images.csv").write_text("file,modality,patient\na.png,CR,P1\nb.png,PT,P2\n")
+    entries = {e.relative: e for e in listed(source)}
+    assert set(entries) == {"a.png", "b.png", "c.png"}  # the table is no input
+    assert entries["a.png"].modality == "xr" and entries["a.png"].patient == "P1"
+    assert entries["b.png"].modality == "none" and entries["b.png"].listed
+    assert entries["c.png"].hint == "not_listed"
+
+
+def test_tables_that_cannot_be_used_are_named(tmp_path):
+    source = tmp_path / "s"
+    write(source / "f")
+    table = tmp_path / "t.csv"
+    cases = {
+        "file,x\na,b\n": "modality",
+        "name,modality\na,CT\n": "file_column",
+        "file,modality,split\na,CT,holdout\n": "split",
+    }
+    for content, message in cases.items():
+        table.write_text(content)
+        with pytest.raises(UserError, match=message):
+            listed(
+                source, tables=[{"path": str(table), "split_column": "split" if "split" in content else None}]
+            )
+
+
+def test_the_subject_of_a_bids_path_is_the_patient(tmp_path):
+    import nibabel
+    import numpy as np
+
+    source = tmp_path / "s"
+    for relative in ("sub-01/anat/T1w.nii", "sub-01/anat/T2w.nii", "loose.nii"):
+        path = source / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(grey("int16", 12, (40, 40, 2)), np.eye(4)), path)
+    patients = {e.relative: e.patient for e in listed(source)}
+    assert patients == {"sub-01/anat/T1w.nii": "01", "sub-01/anat/T2w.nii": "01", "loose.nii": ""}
