@@ -160,7 +160,8 @@ def _check(options: Options) -> None:
         found = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path} is damaged: give a new folder") from None
-    differs = [name for name in wanted if found.get(name) != wanted[name]]
+    words = {"source": "source", "patients": "number of patients", "seed": "seed"}
+    differs = [words[name] for name in wanted if found.get(name) != wanted[name]]
     if differs:
         raise UserError(
             f"{options.folder} holds a demo with another {' and '.join(differs)}: give a new folder, or the "
@@ -227,7 +228,7 @@ def _join(options: Options, log: StepLog) -> str:
         names = Pseudonymizer(load_key(str(options.folder / "key")))
         table = join_labels(options.dataset, csv, names, demo_evaluate.LABELS, sources=options.inputs)
         unmatched = int((table.schema.metadata or {}).get(b"unmatched", b"0"))
-        detail.text = f"{table.num_rows:,} images have a label, {unmatched:,} rows of the table have no image"
+        detail.text = f"{table.num_rows:,} images have a label; table rows without an image: {unmatched:,}"
     return f"{detail.text[0].upper()}{detail.text[1:]}."
 
 

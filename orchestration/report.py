@@ -171,11 +171,11 @@ def _refusals(data: ReportData) -> str:
     if not data.refusals:
         return "<h3>Refused</h3><p>Nothing was refused.</p>"
     rows = [
-        f"<tr><th><code>{escape(r.reason)}</code></th>"
-        f'<td>{escape(REASON_TEXT.get(r.reason, ""))}</td><td class="n">{r.count:,}</td></tr>'
+        f"<tr><td>{escape(REASON_TEXT.get(r.reason, 'For another reason.'))}"
+        f'<span class="sub"><code>{escape(r.reason)}</code></span></td><td class="n">{r.count:,}</td></tr>'
         for r in sorted(data.refusals, key=lambda r: (-r.count, r.reason))
     ]
-    return "<h3>Refused, and why</h3>" + _table(("Reason", "", "Count"), rows, frozenset({2}), wide=False)
+    return "<h3>Refused, and why</h3>" + _table(("Reason", "Count"), rows, frozenset({1}), wide=False)
 
 
 def _sheets(data: ReportData) -> str:

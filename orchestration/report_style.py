@@ -14,7 +14,7 @@ CSS = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:58rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
 .kicker{margin:0;color:var(--soft);font-size:.875rem}
 h1{font-size:clamp(1.65rem,1.2rem + 2.2vw,2.5rem);line-height:1.15;letter-spacing:-.02em;
@@ -47,6 +47,7 @@ tfoot td,tfoot th{border-bottom:0;font-weight:640;color:var(--ink);font-size:.93
 small,.sub{color:var(--soft);font-size:.8125rem}
 .sub{display:block;white-space:nowrap}
 .won{color:var(--accent);font-weight:640}
+.sub code{font-size:inherit}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.8125rem}
 pre{background:var(--wash);padding:.9rem 1rem;border-radius:4px;overflow-x:auto;line-height:1.5;
 margin:.5rem 0}
@@ -115,7 +116,8 @@ section{margin-top:2.25rem}.facts{grid-template-columns:1fr 1fr;gap:1rem 1.25rem
 .plot.lines{padding-right:6.6rem;padding-left:2rem}.area{height:15rem}
 .auc .row{grid-template-columns:5.4rem 1fr;gap:.25rem}
 table.wide{min-width:46rem}}
-@media print{body{font-size:10.5pt}main{max-width:none;padding:0}section{margin-top:1.5rem;break-inside:auto}
-h2,h3{break-after:avoid}.views,.uses div,.auc,.plot,tr,.facts,.sheet{break-inside:avoid}
+@media print{html{font-size:11px}main{max-width:none;padding:0}section{margin-top:2rem}
+h2,h3,section>p{break-after:avoid}p{break-inside:avoid}.views,.uses div,.auc,.plot,tr,.facts,.sheet{break-inside:avoid}
+.scroll{overflow:visible}table.wide{min-width:0}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}pre{white-space:pre-wrap}}
 """
