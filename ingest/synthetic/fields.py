@@ -144,7 +144,7 @@ def finding(
     strands = streaks(rng, shape, points[count:], 7.0 * radius, 0.9 * radius)
     main, other = (foci, strands) if positive else (strands, foci)
     pattern = _standard(_standard(main, region) + mix * _standard(other, region), region)
-    return pattern + region * float(rng.normal(0.35 if positive else -0.35, 0.4))
+    return pattern + region * float(rng.normal(0.3 if positive else -0.3, 0.5))
 
 
 def blur(image: Image, sigma: float) -> Image:
