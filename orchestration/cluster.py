@@ -141,8 +141,6 @@ def _start(cpus: int, gpus: int | None, store: int, options: dict[str, Any]) -> 
         object_store_memory=store,
         include_dashboard=False,
         _temp_dir=str(_process_folder()),
-        # Workers of a killed command end after so many seconds, not after a minute: the GCS went with it.
-        _system_config={"gcs_rpc_server_reconnect_timeout_s": 5},
         **options,
     )
 

@@ -18,6 +18,7 @@ from shards.errors import UserError
 
 STOP_WAIT_SECONDS = 300  # Ray's own default of 3 s is too short to save a checkpoint
 POLL_SECONDS = 1.0
+START_SECONDS = 60.0
 LOG_SECONDS = 10.0  # for the last lines after the end
 INTERRUPTED, CONFIGURATION = 130, 2
 
@@ -48,12 +49,7 @@ def submit(
     entrypoint = shlex.join([program, *command])
     with StopFlag() as stop:
         for attempt in range(retries + 1):
-            job = client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=_free_id(client, name),
-                runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)}},
-                metadata={"medswav_run": name, "attempt": str(attempt)},
-            )
+            job = _start(client, entrypoint, name, attempt, stop)
             print(f"job {job}: {entrypoint}", file=stream, flush=True)
             code = _follow(client, job, stream, stop, poll_seconds)
             if code in (0, CONFIGURATION, 3, INTERRUPTED) or stop:
@@ -81,6 +77,24 @@ def _client(address: str | None) -> Any:
         raise UserError(
             f"no Ray job server answers at {chosen}: give the dashboard's address, http://HEAD:8265"
         ) from None
+
+
+def _start(client: Any, entrypoint: str, name: str, attempt: int, stop: StopFlag) -> str:
+    """Submit once. A cluster that has just started refuses for some seconds: try again until the deadline."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=_free_id(client, name),
+                runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)}},
+                metadata={"medswav_run": name, "attempt": str(attempt)},
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline or stop:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"the cluster does not take the job: {reason}") from None
+            time.sleep(1)
 
 
 def _free_id(client: Any, name: str) -> str:
