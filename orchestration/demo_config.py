@@ -52,7 +52,7 @@ def fit(
         "seed": seed,
         "max_steps": steps,
         "swav.freeze_prototypes_steps": min(preset.swav.freeze_prototypes_steps, steps // 5),
-        "checkpoint.every_steps": max(1, min(preset.checkpoint.every_steps, steps // 5)),
+        "checkpoint.every_steps": max(1, min(preset.checkpoint.every_steps, steps // 10)),
     }
     own = [f"{name}={value}" for name, value in settings.items() if name not in given]
     if overrides:

@@ -131,7 +131,7 @@ def _score_table(rows: Sequence[Comparison]) -> str:
         margin = row.margin()
         won = row.beats()
         text = "-" if margin is None else f"{margin:+.3f}".replace("-", "−")
-        verdict = "outside the spread" if won else "not outside"
+        verdict = "outside the spread" if won else "on every split" if row.every_seed else "inside the spread"
         body.append(
             f"<tr>{name if first else ''}<td>{escape(PROBE_NAMES.get(row.probe, row.probe))}"
             f'<span class="sub">{row.n_train:,} train, {row.n_test:,} test</span></td>'

@@ -153,6 +153,7 @@ class Comparison:
     n_train: int
     n_test: int
     seeds: int
+    every_seed: bool = False  # with each seed, the worst pretrained is above the best random-initialised one
 
     def margin(self, other: str = "random") -> float | None:
         ours, theirs = self.spreads.get("pretrained"), self.spreads.get(other)
@@ -180,9 +181,19 @@ def compare(scores: Sequence[Score]) -> list[Comparison]:
                 max(s.n_train for s in group),
                 max(s.n_test for s in group),
                 len({s.seed for s in group}),
+                _every_seed(group),
             )
         )
     return rows
+
+
+def _every_seed(group: Sequence[Score]) -> bool:
+    """Seeds split the patients, so scores of one seed are of the same test patients."""
+    by_seed: dict[int, dict[str, list[float]]] = {}
+    for score in group:
+        by_seed.setdefault(score.seed, {}).setdefault(score.encoder, []).append(score.auc)
+    pairs = [(by.get("pretrained"), by.get("random")) for by in by_seed.values()]
+    return all(ours and theirs and min(ours) > max(theirs) for ours, theirs in pairs)
 
 
 def headline(data: ReportData) -> tuple[str, str]:

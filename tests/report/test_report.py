@@ -120,6 +120,12 @@ def test_a_margin_inside_the_spread_of_the_seeds_is_no_win() -> None:
     assert outside.margin() == pytest.approx(0.8766667 - 0.7533333, abs=1e-6)
 
 
+def test_a_lead_on_every_split_is_told_from_one_on_some() -> None:
+    every = compare(_scores([0.80, 0.90, 0.70], [0.79, 0.85, 0.60]))[0]
+    some = compare(_scores([0.80, 0.90, 0.59], [0.79, 0.85, 0.60]))[0]
+    assert every.every_seed and not some.every_seed and not every.beats()
+
+
 def test_the_headline_counts_wins_and_admits_none() -> None:
     win, loss = _scores([0.9], [0.8], "ct"), _scores([0.7], [0.8], "mr")
     base = ReportData(generated=True, date="")
