@@ -9,6 +9,7 @@ from pathlib import Path
 from ingest.config import IngestConfig
 from ingest.dicom.admit import admit_class
 from ingest.dicom.header import open_dataset, quiet, text
+from ingest.dicom.syntaxes import check_decoders
 from ingest.frames import Refused
 from ingest.sniff import read_head, sniff
 from ingest.tables import DISCOVERED_NAME, Listing, listings
@@ -53,8 +54,10 @@ class Entry:
 def inventory(config: IngestConfig, progress: Callable[[int], None] | None = None) -> list[Entry]:
     """Every file under the sources, in a fixed order. progress is called with the number of files so far.
 
-    Raises UserError for a missing or empty source, and where nothing in it can be an image.
+    Raises UserError for a missing or empty source, where nothing in it can be an image, and for missing
+    decoders.
     """
+    check_decoders()
     found = list(_walk(config))
     if not found:
         raise UserError("the source folder is empty: give a folder that holds DICOM, NIfTI or listed images")

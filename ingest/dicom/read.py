@@ -12,7 +12,7 @@ from ingest.dicom import header
 from ingest.dicom.admit import Admitted, admit
 from ingest.dicom.geometry import frame_geometry, group_item, is_enhanced, ultrasound_region
 from ingest.dicom.pixels import Stored, Values, mirrored, read_frame
-from ingest.dicom.syntaxes import LOSSY
+from ingest.dicom.syntaxes import LOSSY, is_truncated
 from ingest.frames import Frame, Item, Refusal, Refused
 from ingest.values import check_pixels, limited, spread
 from shards.schema import Reason, Row
@@ -50,6 +50,8 @@ def read_dicom(path: str, rules: ReadRules) -> Iterator[Item]:
 def _frame(source: _Source, index: int, texts: dict[str, str], identifiers: dict[str, str]) -> Frame:
     dataset, facts, rules = source.dataset, source.facts, source.rules
     values = _values(dataset, index)
+    if is_truncated(dataset, source.syntax, index):
+        raise Refused(Reason.UNREADABLE)
     try:
         stored = read_frame(dataset, source.syntax, index, facts.frames, facts.code, values)
     except (Refused, MemoryError):

@@ -79,6 +79,16 @@ def check_decoders() -> None:
         raise UserError(f"decoders are missing: run pip install {' '.join(missing)}")
 
 
+def is_truncated(dataset: Dataset, syntax: str, index: int) -> bool:
+    """Whether an uncompressed file ends before its frame `index` does."""
+    if syntax not in NATIVE:
+        return False
+    size = _frame_size(dataset)
+    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422":
+        size = size * 2 // 3
+    return len(dataset.PixelData) < (index + 1) * size
+
+
 def decode_raw(dataset: Dataset, syntax: str, index: int, frames: int) -> tuple[NDArray, str]:
     """Raw samples of frame `index`, array [rows, columns] or [rows, columns, 3], and their photometric.
 

@@ -78,8 +78,12 @@ def units(settings: IngestConfig) -> list[Unit]:
     """Open the dataset, plan, record the plan: what precedes the units of a run."""
     store = Store(settings.output)
     open_or_create(store, dataset_info(settings, NAMES))
-    todo = make_units(inventory(settings), settings, NAMES, read_plans(store), committed_units(store))
-    write_plan(store, [plan_of(unit, NAMES) for unit in todo if not unit.missing])
+    planned = read_plans(store)
+    todo = make_units(inventory(settings), settings, NAMES, planned, committed_units(store))
+    known = {plan.unit for plan in planned}
+    new = [plan_of(unit, NAMES) for unit in todo if unit.unit not in known]
+    if new:
+        write_plan(store, new)
     return todo
 
 

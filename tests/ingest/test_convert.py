@@ -24,7 +24,7 @@ def source(tmp_path):
     for number in range(3):
         write(folder / f"m{number}", grey(seed=number), number=number)
     write(folder / "c", grey("int16", 12), "CT", number=7, patient="P2")
-    write(folder / "bad", number=8, patient="P2", Rows=4000)
+    write(folder / "bad", number=8, patient="P2", Rows=4000)  # fewer pixels than that
     (folder / "note.txt").write_text("x")
     return folder
 
@@ -43,7 +43,7 @@ def test_every_input_is_a_sample_or_a_refusal(source, tmp_path):
     refused = {row["source"]: row["reason"] for row in catalog.quarantine(tmp_path / "a").to_pylist()}
     assert samples.num_rows == 4
     assert refused == {
-        source_id("bad", NAMES): Reason.DECODE_FAILED,
+        source_id("bad", NAMES): Reason.UNREADABLE,
         source_id("note.txt", NAMES): Reason.NOT_AN_IMAGE,
     }
     assert set(samples["source"].to_pylist()) == {source_id(n, NAMES) for n in ("m0", "m1", "m2", "c")}
