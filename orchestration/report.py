@@ -34,6 +34,11 @@ GENERATED = (
     "patients, and text that a device wrote into the pixels can be visible."
 )
 
+ON_EVERY_SPLIT = (
+    "On every split: with each split of the patients the pretrained encoder is above all random-initialised "
+    "ones, though the ranges over the splits overlap."
+)
+
 
 def render(data: ReportData) -> str:
     """ReportData to a complete HTML document (below 3 MB for the samples and views of a demo)."""
@@ -118,7 +123,9 @@ def _result(data: ReportData) -> str:
     )
     body = f"<h3>{PROBE_NAMES.get(linear[0].probe, linear[0].probe)}: mean and range over seeds</h3>"
     body += auc_chart(linear) + _score_table(rows)
-    foot = " ".join(n for n in (data.label_note, data.seed_note, data.probe_skipped or "") if n)
+    only_paired = any(r.every_seed and not r.beats() for r in rows)
+    notes = (data.label_note, data.seed_note, ON_EVERY_SPLIT if only_paired else "", data.probe_skipped or "")
+    foot = " ".join(note for note in notes if note)
     return _section("result", title, lead, body + (f'<p class="caption">{escape(foot)}</p>' if foot else ""))
 
 

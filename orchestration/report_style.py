@@ -117,7 +117,8 @@ section{margin-top:2.25rem}.facts{grid-template-columns:1fr 1fr;gap:1rem 1.25rem
 .auc .row{grid-template-columns:5.4rem 1fr;gap:.25rem}
 table.wide{min-width:46rem}}
 @media print{html{font-size:11px}main{max-width:none;padding:0}section{margin-top:2rem}
-h2,h3,section>p{break-after:avoid}p{break-inside:avoid}.views,.uses div,.auc,.plot,tr,.facts,.sheet{break-inside:avoid}
+h2,h3,section>p{break-after:avoid}p{break-inside:avoid}
+.views,.uses div,.auc,.plot,tr,.facts,.sheet{break-inside:avoid}
 .scroll{overflow:visible}table.wide{min-width:0}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}pre{white-space:pre-wrap}}
 """
