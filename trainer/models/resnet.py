@@ -111,7 +111,7 @@ class ResNet(nn.Module):
 def build_backbone(name: str, in_channels: int = 1) -> ResNet:
     """`resnet-tiny`, resnet18, resnet50, resnet152, resnet50w2 or resnet50w4, freshly initialised."""
     if name == "resnet-tiny":
-        return ResNet(BasicBlock, (2, 2, 2, 2), width=16, in_channels=in_channels, stem="small")
+        return ResNet(BasicBlock, (1, 1, 1, 1), width=16, in_channels=in_channels, stem="small")
     bottleneck, depths, widening = _DEPTHS[name]
     block: Any = Bottleneck if bottleneck else BasicBlock
     return ResNet(block, depths, width=64 * widening, in_channels=in_channels)
