@@ -206,7 +206,7 @@ _KINDS: dict[str, tuple[Reason, str, Callable[[_Maker, str], str]]] = {
     "blank.dcm": (Reason.CONSTANT, "xr", _blank),
     "pet.dcm": (Reason.MODALITY_OUT_OF_SCOPE, "none", _other("PT", PositronEmissionTomographyImageStorage)),
     "thing.dcm": (Reason.MODALITY_OUT_OF_SCOPE, "none", _other("OT", ComputedRadiographyImageStorage)),
-    "bare.dcm": (Reason.NO_PART10_HEADER, "ct", _bare),
+    "bare.dcm": (Reason.NO_PART10_HEADER, "none", _bare),
     "video.dcm": (Reason.TRANSFER_SYNTAX, "us", _video),
     "noregion.dcm": (Reason.BURNED_IN_RISK, "us", _other("US", UltrasoundImageStorage)),
     "atlas.nii": (Reason.LABEL_MAP, "mr", _label_map),
