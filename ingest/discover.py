@@ -26,7 +26,7 @@ _HEADER_TAGS = (
     "SeriesInstanceUID",
 )
 _HEADER_LIMIT = 16 << 20  # bytes that a deflated header scan may inflate
-_SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)$")
+_SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)(?:$|[_.])")
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _scan_dicom(path: str, config: IngestConfig) -> tuple[str, str, str]:
 
 
 def _bids_subject(relative: str) -> str:
-    """The subject label of a BIDS path (sub-01/anat/...), "" where there is none."""
+    """The subject label of a BIDS path (sub-01/anat/sub-01_T1w.nii), "" where there is none."""
     for part in Path(relative).parts:
         match = _SUBJECT.match(part)
         if match:
