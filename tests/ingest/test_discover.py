@@ -114,4 +114,9 @@ def test_the_subject_of_a_bids_path_is_the_patient(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         nibabel.save(nibabel.Nifti1Image(grey("int16", 12, (40, 40, 2)), np.eye(4)), path)
     patients = {e.relative: e.patient for e in listed(source)}
-    assert patients == {"sub-01/anat/T1w.nii": "01", "sub-01/anat/T2w.nii": "01", "sub-02_bold.nii": "02", "loose.nii": ""}
+    assert patients == {
+        "sub-01/anat/T1w.nii": "01",
+        "sub-01/anat/T2w.nii": "01",
+        "sub-02_bold.nii": "02",
+        "loose.nii": "",
+    }
