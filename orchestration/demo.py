@@ -211,6 +211,7 @@ def _ingest(options: Options, log: StepLog) -> "IngestSummary":
     with log.step("Ingest") as detail:
         summary = run_ingest(config, address=options.address, stream=options.stream)
         refused = sum(summary.quarantined.values())
+        detail.stopped = summary.interrupted
         detail.already = summary.units > 0 and summary.already == summary.units
         detail.text = f"{summary.total:,} images of {summary.inputs:,} files, {refused:,} refused"
     return summary
@@ -254,10 +255,9 @@ def _pretrain(options: Options, fitted: Fitted, log: StepLog) -> bool:
             address=options.address,
             stream=options.stream,
         )
-        if not result.finished:
-            return False
+        detail.stopped = not result.finished
         detail.text = f"{result.step:,} steps on {options.ranks} ranks"
-    return True
+    return result.finished
 
 
 def _probe(options: Options, log: StepLog) -> dict[str, Any]:

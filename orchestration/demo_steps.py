@@ -17,10 +17,11 @@ STEPS = ("Generate patients", "Ingest", "Join labels", "Pretrain", "Probe", "Rep
 
 
 class Detail:
-    """What a step has to say at its end; `already`: it found that there was nothing to do."""
+    """What a step has to say at its end. already: there was nothing to do. stopped: by the user, unfinished."""
 
     text = ""
     already = False
+    stopped = False
 
 
 class StepLog:
@@ -42,6 +43,9 @@ class StepLog:
         self._say(f"{_number(name)} {name}" + (": goes on where it was interrupted" if interrupted else ""))
         began, detail = time.monotonic(), Detail()
         yield detail
+        if detail.stopped:
+            self._say(f"{_number(name)} {name}: stopped; nothing is lost, the same command goes on from here")
+            return
         if detail.already:
             self.already(name, detail.text)
             return

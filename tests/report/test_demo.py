@@ -178,3 +178,17 @@ def test_a_step_that_was_cut_off_is_not_counted_as_done(tmp_path: Path) -> None:
         detail.text = "4 steps"
     assert "goes on where it was interrupted" in said[-2]
     assert "after an interruption" in again.rows()[0]["detail"]
+
+
+def test_a_stopped_training_is_not_counted_as_done_and_says_how_to_go_on(
+    tmp_path: Path,
+    in_process: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped = PretrainResult(2, False, 0, 1.0)
+    monkeypatch.setattr(pretrain_job, "pretrain", lambda *_, **__: stopped)
+    assert run(tmp_path / "demo", patients=PATIENTS) == 130
+    said = capsys.readouterr().err
+    assert "[4/6] Pretrain: stopped" in said and "Pretrain: done" not in said
+    assert "seconds" not in json.loads((tmp_path / "demo" / "steps.json").read_text())["Pretrain"]
