@@ -17,7 +17,7 @@ STEPS = ("Generate patients", "Ingest", "Join labels", "Pretrain", "Probe", "Rep
 
 
 class Detail:
-    """What a step has to say at its end. already: there was nothing to do. stopped: by the user, unfinished."""
+    """What a step says at its end. already: there was nothing to do. stopped: by the user, unfinished."""
 
     text = ""
     already = False
