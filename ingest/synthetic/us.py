@@ -97,7 +97,7 @@ def _speckle(rng: Random, probe: _Probe, tissue: Image) -> Image:
     """Log-compressed magnitude of correlated complex noise (fully developed speckle)."""
     shape = (tissue.shape[0], tissue.shape[1])
     real, imaginary = (noise(rng, shape, probe.speckle) for _ in range(2))
-    return np.asarray(tissue + 0.09 * np.log(real**2 + imaginary**2 + 0.05), np.float32)
+    return np.asarray(tissue + 0.08 * np.log(real**2 + imaginary**2 + 0.05), np.float32)
 
 
 def _sector(probe: _Probe, shape: tuple[int, int]) -> tuple[Image, Image, Image]:

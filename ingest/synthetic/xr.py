@@ -44,7 +44,7 @@ class _Chest:
         return _Chest(
             width=u(0.85, 1.05),
             lung_height=u(0.68, 0.82),
-            lung_width=u(0.3, 0.38),
+            lung_width=u(0.34, 0.41),
             heart=u(0.75, 1.25),
             ribs=u(0.03, 0.09),
             rib_pitch=u(0.17, 0.23),
@@ -57,7 +57,7 @@ class _Chest:
 def _exposure(rng: Random, chest: _Chest, positive: bool) -> Image:
     width = int(rng.integers(112, 185))
     shape = (int(width * rng.uniform(0.95, 1.15)), width)
-    y, x = coordinates(rng, shape, rng.uniform(-0.12, 0.12), 0.08, rng.uniform(0.88, 1.08), 0.02)
+    y, x = coordinates(rng, shape, rng.uniform(-0.12, 0.12), 0.08, rng.uniform(1.0, 1.2), 0.02)
     breath = rng.uniform(-0.08, 0.08)  # how deeply the patient breathed in
     body = ellipse(y, x, (0.25, 0), (1.35, chest.width))
     lungs = _lungs(y, x, chest, breath)
