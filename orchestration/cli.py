@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from orchestration import cli_ingest
+from orchestration.cluster import JobFailedError
 from shards.errors import UserError
 
 Address = Annotated[
@@ -55,26 +56,22 @@ def pretrain(
 
     Example: medswav pretrain --preset demo --dataset DATASET --run-dir RUN --set max_steps=500
     """
-    from orchestration.pretrain_job import TrainingFailedError, pretrain
+    from orchestration.pretrain_job import pretrain
     from trainer.config import load_config
 
     config = load_config(preset, [*(set_ or []), f"data.dataset={dataset.absolute()}"])
-    try:
-        result = pretrain(
-            config,
-            run_dir,
-            ranks,
-            feeders,
-            address=address,
-            gpu=gpu,
-            max_failures=max_failures,
-            metrics_port=metrics_port,
-            metrics_host=metrics_host,
-            verbose=verbose,
-        )
-    except TrainingFailedError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    result = pretrain(
+        config,
+        run_dir,
+        ranks,
+        feeders,
+        address=address,
+        gpu=gpu,
+        max_failures=max_failures,
+        metrics_port=metrics_port,
+        metrics_host=metrics_host,
+        verbose=verbose,
+    )
     if result.finished:
         typer.echo(f"finished {result.step} steps; the encoder is {run_dir / 'encoder.safetensors'}")
     else:
@@ -169,13 +166,25 @@ def demo(
     labels: Annotated[Path | None, typer.Option(help="CSV with labels of your files.")] = None,
     set_: Settings = None,
     ranks: Annotated[int, typer.Option(min=1, help="Training processes.")] = 2,
+    feeders: Annotated[int, typer.Option(min=1, help="Augmentation actors of each rank.")] = 1,
+    patients: Annotated[
+        int | None,
+        typer.Option(min=2, help="Generated patients of each modality; default: as in `make demo`."),
+    ] = None,
     address: Address = None,
 ) -> None:
     """The whole path: files to shards, a short pretraining, probes, one HTML report."""
     from orchestration.demo import demo
 
     code = demo(
-        output=output, sources=source or [], labels=labels, overrides=set_ or [], ranks=ranks, address=address
+        output,
+        source or [],
+        labels,
+        overrides=set_ or [],
+        ranks=ranks,
+        feeders=feeders,
+        patients=patients,
+        address=address,
     )
     raise typer.Exit(code)
 
@@ -206,7 +215,7 @@ def run_app(application: Callable[..., object], name: str, arguments: Sequence[s
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = application(given, prog_name=name, standalone_mode=False)
-    except UserError as error:
+    except (UserError, JobFailedError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):

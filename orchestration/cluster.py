@@ -39,6 +39,12 @@ _SETTINGS = {
 }
 
 
+class JobFailedError(Exception):
+    """A job came to nothing, through no setting of the user's; the text is one line. Exit code 1."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class Cluster:
     """`cpus`: logical CPUs of the whole cluster. `folder`: of the local Ray that was started for this
@@ -96,6 +102,8 @@ def connected(
     local = target is None
     if local:
         _own_token()
+        # A node that is about to be taken away is a thing of clouds: here it is a process for nothing.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     prepare_environment()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     import ray

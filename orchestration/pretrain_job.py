@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestration.cluster import OBJECT_STORE_BYTES, THREAD_ENV, StopFlag, connected
+from orchestration.cluster import OBJECT_STORE_BYTES, THREAD_ENV, JobFailedError, StopFlag, connected
 from orchestration.feed import DEPTH, Feed, make_batches, object_store_bytes
 from orchestration.metrics import Metrics, endpoint, observe_step
 from orchestration.progress import Progress
@@ -45,8 +45,8 @@ class PretrainResult:
         return 0 if self.finished else 130
 
 
-class TrainingFailedError(Exception):
-    """The ranks failed again and again without getting on; exit code 1."""
+class TrainingFailedError(JobFailedError):
+    """The ranks failed again and again without getting on, or a loss is not finite."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ retry jobs: `retries` submits the same command again, which resumes from its run
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -63,6 +64,7 @@ def _client(address: str | None) -> Any:
     prepare_environment()
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     chosen = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not chosen:
         raise UserError("no cluster named: give --address http://HEAD:8265 (or set RAY_API_SERVER_ADDRESS)")

@@ -1,9 +1,11 @@
 """One Ray cluster for the session, as a child of the tests; sources and datasets made once."""
 
+import contextlib
 import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import urllib.error
 import urllib.request
@@ -48,7 +50,8 @@ def ray_cluster() -> Iterator[RayCluster]:
             jobs.poll("dashboard", lambda: answers(url, token.read_text()), process)
             yield RayCluster(f"127.0.0.1:{port}", url, process.pid, env)
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)  # then it is killed with all its descendants
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
