@@ -36,12 +36,15 @@ def ray_cluster() -> Iterator[RayCluster]:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     env = jobs.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-    port, dashboard, client = free_ports(3)
+    port, dashboard, *others = free_ports(7)
+    names = ("ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    names += ("metrics-export-port", "runtime-env-agent-port")
     command = [
         str(jobs.BIN / "ray"),
         *["start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"],
         *["--num-cpus=8", f"--object-store-memory={200 * 2**20}", f"--temp-dir={folder}"],
-        *["--include-dashboard=true", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"],
+        *["--include-dashboard=true", f"--dashboard-port={dashboard}"],
+        *[f"--{name}={other}" for name, other in zip(names, others, strict=True)],
         "--disable-usage-stats",
     ]
     url = f"http://127.0.0.1:{dashboard}"
