@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -205,7 +206,7 @@ def _ingest(options: Options, log: StepLog) -> "IngestSummary":
 
     key = options.folder / "key"
     if not key.exists():
-        create_key(key)
+        _create_key(key, options)
     sources = [str(path) for path in options.inputs]
     config = load_ingest_config({"sources": sources, "output": str(options.dataset), "key_file": str(key)})
     with log.step("Ingest") as detail:
@@ -215,6 +216,20 @@ def _ingest(options: Options, log: StepLog) -> "IngestSummary":
         detail.already = summary.units > 0 and summary.already == summary.units
         detail.text = f"{summary.total:,} images of {summary.inputs:,} files, {refused:,} refused"
     return summary
+
+
+def _create_key(path: Path, options: Options) -> None:
+    """A secret key for the user's files. Generated patients have nothing to hide: theirs comes from the seed,
+    so that the same demo deals the same patients to the same splits and prints the same figures."""
+    if not options.generated:
+        create_key(path)
+        return
+    text = sha256(f"demo {options.seed}".encode()).hexdigest()
+    partial = path.with_name("key.partial")
+    with clear_errors(options.folder):
+        partial.write_text(f"{text}\n")
+        partial.chmod(0o600)
+        partial.rename(path)
 
 
 def _join(options: Options, log: StepLog) -> str:

@@ -158,7 +158,7 @@ def auc_chart(rows: Sequence[Comparison]) -> str:
     def left(auc: float) -> float:
         return 100 * (auc - low) / span
 
-    marks = ticks(low, 1.0, 5)
+    marks = ticks(low, 1.0, 6)
     grid = "".join(f'<i class="tick" style="left:{left(t):.2f}%"></i>' for t in marks)
     body = []
     for row in rows:

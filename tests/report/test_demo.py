@@ -18,6 +18,7 @@ from orchestration.ingest_job import IngestSummary, plan_job
 from orchestration.pretrain_job import PretrainResult
 from shards import catalog
 from shards.errors import UserError
+from shards.ids import load_key
 from trainer.batches import BatchMaker
 from trainer.config import TrainConfig
 from trainer.loop import train
@@ -133,6 +134,18 @@ def test_a_generation_that_was_cut_off_starts_over(
     (folder / "demo.json").write_text(json.dumps({"source": "generated", "patients": PATIENTS, "seed": 0}))
     assert run(folder, patients=PATIENTS) == 130
     assert not (folder / "source.partial").exists() and not (folder / "source" / "half").exists()
+
+
+def test_generated_patients_get_the_same_key_each_time_and_own_files_a_secret_one(
+    tmp_path: Path, in_process: None, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest_job, "run_ingest", lambda *_, **__: IngestSummary(interrupted=True))
+    keys = []
+    for name, sources in (("a", []), ("b", []), ("c", [source]), ("d", [source])):
+        run(tmp_path / name, sources=sources, patients=PATIENTS)
+        assert (tmp_path / name / "key").stat().st_mode & 0o777 == 0o600
+        keys.append(load_key(str(tmp_path / name / "key")))
+    assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
 def test_a_folder_that_holds_something_else_is_refused_untouched(tmp_path: Path) -> None:
