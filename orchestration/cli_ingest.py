@@ -25,7 +25,7 @@ Key = Annotated[
     typer.Option(
         "--key",
         "--key-file",
-        help="Key file of the pseudonyms (`ingest key FILE` creates one); default MEDSWAV_KEY.",
+        help="Key file of the pseudonyms; default MEDSWAV_KEY, else OUT.key, which a first run creates.",
     ),
 ]
 Site = Annotated[str | None, typer.Option(help="Keeps equal patient ids of two hospitals apart.")]
@@ -133,7 +133,7 @@ def run(
 ) -> None:
     """Convert source folders to a dataset; run again, it goes on where it was.
 
-    Example: ingest key ~/medswav.key && ingest run --key ~/medswav.key ARCHIVE DATASET
+    Example: ingest run ARCHIVE DATASET
     """
     import dataclasses
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from orchestration import keys
 from orchestration.cluster import Cluster, StopFlag, connected, pin_threads, runtime_env
 from orchestration.metrics import Metrics, endpoint
 from orchestration.progress import Progress, format_seconds
@@ -122,14 +123,18 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     from shards.plan import read_plans, write_plan
     from shards.store import Store
 
-    names = Pseudonymizer(read_key(config.key_file), config.site)
     store = Store(config.output)
-    info = dataset_info(config, names)
-    if store.exists(dataset.NAME):
-        dataset.open_or_create(store, info)  # refused before the sources are read
+    new_key = keys.must_be_made(config.key_file, config.output)
+    if not new_key:
+        info = dataset_info(config, Pseudonymizer(keys.read(config.key_file, config.output), config.site))
+        if store.exists(dataset.NAME):
+            dataset.open_or_create(store, info)  # refused before the sources are read
     with Progress("ingest: looking at the sources", 0, "files", stream=stream) as progress:
         entries = inventory(config, progress.update)
-    dataset.open_or_create(store, info)
+    if new_key:  # only now: a wrong source folder leaves nothing behind
+        _printer(stream)("ingest: " + keys.make(config.output))
+    names = Pseudonymizer(keys.read(config.key_file, config.output), config.site)
+    dataset.open_or_create(store, dataset_info(config, names))
     planned, done = read_plans(store), committed_units(store)
     units = make_units(entries, config, names, planned, done)
     known = {plan.unit for plan in planned}
@@ -137,20 +142,6 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     if new:
         write_plan(store, new)
     return Job(store, names, units, frozenset(plan.unit for plan in planned if plan.unit in done))
-
-
-def read_key(file: str | None) -> bytes:
-    """The key of a file or of MEDSWAV_KEY. None is ever made up: the fix says how to create one."""
-    from shards.ids import KEY_VARIABLE, load_key
-
-    if file is None and not os.environ.get(KEY_VARIABLE):
-        raise UserError(
-            "no key for the pseudonyms: create one with `ingest key FILE` and give it with --key FILE "
-            f"(or set {KEY_VARIABLE})"
-        )
-    if file is not None and not Path(file).exists():
-        raise UserError(f"the key file {file} does not exist: create it with `ingest key {file}`")
-    return load_key(file)
 
 
 def _scratch(cluster: Cluster) -> str | None:

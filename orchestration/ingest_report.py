@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestration import keys
 from orchestration.progress import Progress, format_seconds
 from shards.errors import UserError
 
@@ -106,13 +107,12 @@ def label_report(
 ) -> str:
     """Join a CSV to a dataset; what matched. Raises UserError, also when the key is not the dataset's."""
     from ingest.labels import join_labels
-    from orchestration.ingest_job import read_key
     from shards.dataset import read_info
     from shards.ids import Pseudonymizer
     from shards.store import Store
 
-    names = Pseudonymizer(read_key(str(key) if key else None), site or "")
     info = read_info(Store(dataset))
+    names = Pseudonymizer(keys.read(key, dataset), site or "")
     if names.key_id != info.key_id:
         raise UserError(
             f"the key is not the one of the dataset (its id is {info.key_id}, this one's {names.key_id}): "

@@ -49,7 +49,8 @@ def one_line(capsys, *expected: str) -> str:
         (["run", "{}/nowhere", "{}/out", "--key", "{}/key"], "does not exist"),
         (["run", "{}/texts", "{}/out", "--key", "{}/nokey"], "ingest key"),
         (["run", "{}/texts", "{}/out", "--key", "{}/open_key"], "chmod 600"),
-        (["run", "{}/texts", "{}/out"], "ingest key FILE"),
+        (["run", "{}/texts", "{}/out"], "no DICOM"),
+        (["run", "{}/texts", "{}/data"], "first `ingest run`"),
         (["run", "{}/texts"], "output folder"),
         (["run", "{}/texts", "{}/out", "--key", "{}/key", "--set", "colour=1"], "colour"),
         (["run", "{}/texts", "{}/out", "--key", "{}/key", "--set", "codec=jpeg"], "codec"),
@@ -68,6 +69,7 @@ def test_bad_input_of_ingest_is_one_line_and_code_2(inputs, capsys, monkeypatch,
     assert ingest_main([argument.format(inputs) for argument in arguments]) == 2
     one_line(capsys, expected)
     assert not (inputs / "out").exists()
+    assert not (inputs / "out.key").exists()
 
 
 @pytest.mark.parametrize(
