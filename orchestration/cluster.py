@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 
 from shards.errors import UserError
 
-SESSION_PREFIX = "medswav-ray-"
+FOLDER_PREFIX = "medswav-"
 OBJECT_STORE_BYTES = 300 * 2**20
 # One thread a process: the parallelism is in the number of workers, and threads on top only contend.
 THREAD_ENV = {
@@ -63,8 +64,15 @@ def prepare_environment() -> None:
     """What Ray reads when it is imported. Call before the first `import ray`; a user's own values win."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def use_named_token() -> None:
+    """For a running cluster: a token that the user names is meant to be used. Before the first `import ray`.
+
+    Not for a local Ray, for which ray.init switches token authentication on itself.
+    """
     if "RAY_AUTH_TOKEN_PATH" in os.environ or "RAY_AUTH_TOKEN" in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a named token is meant to be used
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def wanted_address(address: str | None) -> str | None:
@@ -104,6 +112,8 @@ def connected(
         _own_token()
         # A node that is about to be taken away is a thing of clouds: here it is a process for nothing.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    else:
+        use_named_token()
     prepare_environment()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     import ray
@@ -123,12 +133,12 @@ def connected(
         else:
             _connect(target, options)
         _restore(handlers)  # ray.init puts its own SIGTERM handler; the command's has to stay
-        yield _describe(_process_folder() if local else None)
+        yield _describe(process_folder() if local else None)
     finally:
         ray.shutdown()
         _restore(handlers)
         if local:
-            for session in _process_folder().glob("session_*"):
+            for session in process_folder().glob("session_*"):
                 shutil.rmtree(session, ignore_errors=True)
 
 
@@ -148,7 +158,7 @@ def _start(cpus: int, gpus: int | None, store: int, options: dict[str, Any]) -> 
         num_gpus=gpus,
         object_store_memory=store,
         include_dashboard=False,
-        _temp_dir=str(_process_folder()),
+        _temp_dir=str(process_folder()),
         **options,
     )
 
@@ -187,13 +197,22 @@ def _temporary_root() -> Path:
 
 
 @functools.cache
-def _process_folder() -> Path:
-    """The folder of this process's local Rays: sessions and token. Removed when the process ends."""
+def process_folder() -> Path:
+    """A folder of this process's own, for a local Ray (session, token) or a worker's scratch.
+
+    Removed when the process ends; after a kill, by the next one of ours on this machine.
+    """
     root = _temporary_root()
     _sweep(root)
-    folder = Path(tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-", dir=root))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=root))
+    (folder / "host").write_text(socket.gethostname())
+    atexit.register(_remove, folder, os.getpid())
     return folder
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has the same exit handlers
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _own_token() -> None:
@@ -203,18 +222,20 @@ def _own_token() -> None:
     """
     if "RAY_AUTH_TOKEN_PATH" in os.environ or "RAY_AUTH_TOKEN" in os.environ:
         return
-    token = _process_folder() / "token"
+    token = process_folder() / "token"
     with os.fdopen(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as stream:
         stream.write(secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
 
 
 def _sweep(root: Path) -> None:
-    """Remove our session folders whose command is no more (it was killed)."""
-    for folder in root.glob(f"{SESSION_PREFIX}*"):
-        pid = folder.name.removeprefix(SESSION_PREFIX).partition("-")[0]
+    """Remove our folders whose process is no more. Containers may share /tmp, but not process ids: those
+    of another host name are left alone."""
+    for folder in root.glob(f"{FOLDER_PREFIX}*-*"):
+        pid = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
         with contextlib.suppress(OSError):
-            if pid.isdigit() and folder.stat().st_uid == os.getuid() and not _alive(int(pid)):
+            same = (folder / "host").read_text() == socket.gethostname()
+            if same and pid.isdigit() and folder.stat().st_uid == os.getuid() and not _alive(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestration import keys
-from orchestration.cluster import Cluster, StopFlag, connected, pin_threads, runtime_env
+from orchestration.cluster import StopFlag, connected, pin_threads, process_folder, runtime_env
 from orchestration.metrics import Metrics, endpoint
 from orchestration.progress import Progress, format_seconds
 from shards.errors import UserError
@@ -90,7 +90,7 @@ def run_ingest(
                 endpoint(metrics, Path(config.output), "ingest", metrics_port, metrics_host) as url,
             ):
                 say(f"ingest: {len(job.units)} units on {count} workers; metrics at {url}")
-                convert = _Conversion(job, config, _scratch(cluster), metrics, summary)
+                convert = _Conversion(job, config, cluster.folder, metrics, summary)
                 convert.run(count if workers or cluster.local else max(count, cluster.cpus), stop, stream)
         elif not job.units:
             say("ingest: nothing to do, every input is already in the dataset")
@@ -144,17 +144,8 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     return Job(store, names, units, frozenset(plan.unit for plan in planned if plan.unit in done))
 
 
-def _scratch(cluster: Cluster) -> str | None:
-    """The folder for the workers' scratch on this machine; on a named cluster each node uses its own."""
-    if cluster.folder is None:
-        return None
-    folder = cluster.folder / "scratch"
-    folder.mkdir(exist_ok=True)
-    return str(folder)
-
-
-def _convert(unit: "Unit", common: tuple[str, Any, str, str | None]) -> Any:
-    """The Ray task; common: configuration as JSON, pseudonymizer, output, scratch folder.
+def _convert(unit: "Unit", common: tuple[str, Any, str, Path | None]) -> Any:
+    """The Ray task; common: configuration as JSON, pseudonymizer, output, scratch (None: the worker's own).
 
     Returns a UnitResult, or (kind, text) of an error that must not stop the other units.
     """
@@ -165,7 +156,8 @@ def _convert(unit: "Unit", common: tuple[str, Any, str, str | None]) -> Any:
     config_json, names, root, scratch = common
     config = IngestConfig.model_validate_json(config_json)
     try:
-        with tempfile.TemporaryDirectory(prefix="medswav-unit-", dir=scratch) as folder:
+        # Of a local Ray below the command's folder, which goes even when the workers are killed.
+        with tempfile.TemporaryDirectory(prefix="unit-", dir=scratch or process_folder()) as folder:
             return run_unit(unit, config, names, root, Path(folder))
     except UserError as error:
         return ("user", str(error))
@@ -177,7 +169,7 @@ class _Conversion:
     """The driver's loop: a bounded window of tasks, results booked as they come."""
 
     def __init__(
-        self, job: Job, config: "IngestConfig", scratch: str | None, metrics: Metrics, summary: IngestSummary
+        self, job: Job, config: "IngestConfig", scratch: Path | None, metrics: Metrics, summary: IngestSummary
     ) -> None:
         import ray
 

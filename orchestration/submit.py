@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from orchestration.cluster import StopFlag, prepare_environment
+from orchestration.cluster import StopFlag, prepare_environment, use_named_token
 from shards.errors import UserError
 
 STOP_WAIT_SECONDS = 300  # Ray's own default of 3 s is too short to save a checkpoint
@@ -61,6 +61,7 @@ def submit(
 
 
 def _client(address: str | None) -> Any:
+    use_named_token()
     prepare_environment()
     from ray.job_submission import JobSubmissionClient
 

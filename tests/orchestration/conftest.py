@@ -35,7 +35,8 @@ def ray_cluster() -> Iterator[RayCluster]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    env = jobs.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    # What killed workers leave goes with the folder.
+    env = jobs.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), TMPDIR=str(folder))
     port, dashboard, *others = free_ports(7)
     names = ("ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     names += ("metrics-export-port", "runtime-env-agent-port")

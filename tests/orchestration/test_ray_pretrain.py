@@ -15,7 +15,7 @@ from tests.orchestration import jobs
 from trainer import checkpoint, journal
 
 pytestmark = pytest.mark.ray
-STEPS, EVERY = 120, 20
+STEPS, EVERY = 80, 10
 MEDSWAV = str(jobs.BIN / "medswav")
 
 
@@ -89,10 +89,10 @@ def one_worker(root: int, title: str):
     return jobs.poll(title, lambda: jobs.workers(root, title))[0]
 
 
-def test_sigterm_saves_a_checkpoint_and_exits_130(data, undisturbed, tmp_path):
-    run_dir, log, env = tmp_path / "run", tmp_path / "log", jobs.environment()
-    command = [MEDSWAV, *arguments(data, run_dir)]  # a local Ray of its own
-    with jobs.child(command, log, env) as process:
+def test_sigterm_saves_a_checkpoint_and_exits_130(data, undisturbed, ray_cluster, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = [MEDSWAV, *arguments(data, run_dir)]
+    with jobs.child(command, log, jobs.environment()) as process:  # a local Ray of its own
         jobs.poll("steps", begun(run_dir, 5), process)
         text = scrape(run_dir)
         process.send_signal(signal.SIGTERM)
@@ -103,9 +103,10 @@ def test_sigterm_saves_a_checkpoint_and_exits_130(data, undisturbed, tmp_path):
     assert max(checkpoint.list_steps(run_dir)) == done
     assert "checkpoint saved" in log.read_text()
     assert not (run_dir / TARGETS_FILE).exists()
-    assert jobs.run(command, log, env) == 0, log.read_text()
+    command += ["--address", ray_cluster.address]  # and goes on anywhere
+    assert jobs.run(command, log, ray_cluster.env) == 0, log.read_text()
     assert losses(run_dir) == undisturbed
-    assert jobs.run(command, tmp_path / "again", env) == 0
+    assert jobs.run(command, tmp_path / "again", ray_cluster.env) == 0
     assert "nothing to do" in (tmp_path / "again").read_text()
 
 
