@@ -91,9 +91,10 @@ def _script(paths: Sequence[Path], tar: Path, most_frames: int) -> int:
         for path in paths:
             file = pydicom.dcmread(path)
             pixels = np.asarray(file.pixel_array)
+            pixels = pixels.astype(np.uint8 if pixels.dtype.itemsize == 1 else np.uint16, copy=False)
             frames = pixels if int(file.get("NumberOfFrames") or 1) > 1 else pixels[None]
             for frame in frames[:most_frames]:
-                data = cv2.imencode(".png", frame.view(np.uint16) if frame.dtype == np.int16 else frame)[1]
+                data = cv2.imencode(".png", frame)[1]
                 info = tarfile.TarInfo(f"{count:06d}.png")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data.tobytes()))
