@@ -56,9 +56,9 @@ def _bands(config: TrainConfig) -> Any:
 
 def _feed(config: TrainConfig, bands: Any, feeders: int, batches: int, seconds: float) -> Figure:
     arguments = (config.model_dump_json(), 0, 1, bands)
-    maker = BatchMaker(config, 0, 1, bands)
 
     def alone() -> None:
+        maker = BatchMaker(config, 0, 1, bands)  # a new one, as the actors are: nothing is cached yet
         for step in range(batches):
             maker(step)
 
