@@ -75,7 +75,10 @@ def pretrain(
     if result.finished:
         typer.echo(f"finished {result.step} steps; the encoder is {run_dir / 'encoder.safetensors'}")
     else:
-        typer.echo(f"stopped at step {result.step}, checkpoint saved: the same command continues")
+        typer.echo(
+            f"stopped at step {result.step}, {'checkpoint saved' if result.step else 'nothing done'}: "
+            "the same command continues"
+        )
     raise typer.Exit(result.exit_code)
 
 

@@ -84,7 +84,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("medswav_train_learning_rate", "gauge", "learning rate of the step"),
     Metric("medswav_train_data_wait_ratio", "gauge", "share of the step time spent waiting for data"),
     Metric("medswav_train_gpu_memory_bytes", "gauge", "peak memory that torch allocated on the GPU, rank 0"),
-    Metric("medswav_train_checkpoint_seconds", "histogram", "seconds that a checkpoint blocked training"),
+    Metric("medswav_train_checkpoint_seconds", "histogram", "seconds that a checkpoint added to its step"),
     Metric("medswav_train_checkpoint_timestamp_seconds", "gauge", "Unix time of the newest checkpoint"),
     Metric("medswav_train_restarts_total", "counter", "restarts of the ranks after a failure"),
 )

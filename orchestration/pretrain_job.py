@@ -6,24 +6,23 @@ is started again by the user or by the job wrapper. Each goes on from the newest
 losses. SIGTERM or Ctrl-C: all ranks stop after the same step, save a checkpoint, exit code 130.
 """
 
-import asyncio
-import os
+import contextlib
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestration.cluster import OBJECT_STORE_BYTES, THREAD_ENV, JobFailedError, StopFlag, connected
-from orchestration.feed import DEPTH, Feed, make_batches, object_store_bytes
+from orchestration.feed import DEPTH, object_store_bytes
 from orchestration.metrics import Metrics, endpoint, observe_step
+from orchestration.pretrain_rank import Control, ControlState, RankSettings, run_rank
 from orchestration.progress import Progress
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.batches import Batch
     from trainer.config import TrainConfig
     from trainer.prepare import Prepared
 
@@ -47,167 +46,6 @@ class PretrainResult:
 
 class TrainingFailedError(JobFailedError):
     """The ranks failed again and again without getting on, or a loss is not finite."""
-
-
-@dataclass
-class ControlState:
-    """What the ranks told since the last look: metrics of steps, steps to begin with, failures of the ranks
-    and the newest error; what ends the job (a user's mistake, a fatal error, the result) stays."""
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    failures: int = 0
-    user_error: str | None = None
-    fatal: str | None = None
-    error: str | None = None
-    result: dict[str, Any] | None = None
-
-
-class Control:
-    """The mailbox between the driver and the ranks: an actor of a few fields, on the driver's node."""
-
-    def __init__(self) -> None:
-        self._stop = asyncio.Event()
-        self._state = ControlState()
-
-    async def wait_stop(self) -> bool:
-        """Returns when a stop is asked for; every rank keeps one call open: asking costs no step time."""
-        await self._stop.wait()
-        return True
-
-    async def request_stop(self) -> None:
-        self._stop.set()
-
-    async def tell(self, kind: str, value: Any) -> None:
-        if kind == "step":
-            self._state.steps.append(value)
-        elif kind == "start":
-            self._state.starts.append(value)
-        elif kind == "failure":
-            self._state.failures += 1
-            self._state.error = self._state.error or value
-        else:
-            setattr(self._state, kind, value)
-
-    async def drain(self) -> ControlState:
-        """What was told; steps, starts and failures are handed out once."""
-        state = self._state
-        self._state = ControlState(user_error=state.user_error, fatal=state.fatal, result=state.result)
-        return state
-
-
-@dataclass(frozen=True)
-class RankSettings:
-    """All that a rank needs, in plain values."""
-
-    config_json: str
-    run_dir: str
-    feeders: int
-    bands: Any
-    dataset_fingerprint: str
-    control: Any  # actor handle
-
-
-# --- in the rank processes ------------------------------------------------------------------------------
-
-
-def run_rank(settings: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every rank, the process group being there already."""
-    import ray
-
-    from trainer.meter import NotFiniteError
-
-    given: RankSettings = settings["rank"]
-    try:
-        _train(given)
-    except (UserError, NotFiniteError) as error:
-        kind = "user_error" if isinstance(error, UserError) else "fatal"
-        ray.get(given.control.tell.remote(kind, str(error)))
-        time.sleep(60)  # a raise would have Ray Train start the ranks over before the driver ends the job
-        raise
-    except Exception as error:
-        ray.get(given.control.tell.remote("error", f"{type(error).__name__}: {error}"))
-        raise
-
-
-def _train(given: RankSettings) -> None:
-    import ray.train
-    import ray.train.torch
-    import torch
-
-    from trainer.config import TrainConfig
-    from trainer.loop import train
-
-    config = TrainConfig.model_validate_json(given.config_json)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(config.threads)
-    stop = _watch_stop(given.control)
-    arguments = (given.config_json, rank, world, given.bands)
-    with Feed(make_batches, arguments, given.feeders, config.max_steps) as feed:
-        source = _Source(feed, given.control if rank == 0 else None)
-        result = train(
-            config,
-            source,
-            Path(given.run_dir),
-            rank=rank,
-            world=world,
-            device=device,
-            dataset_fingerprint=given.dataset_fingerprint,
-            on_metrics=source.report if rank == 0 else None,
-            should_stop=stop.is_set,
-        )
-    if rank == 0:
-        ended = {"step": result.step, "finished": result.finished}
-        ray.get(given.control.tell.remote("result", ended))
-
-
-def _watch_stop(control: Any) -> threading.Event:
-    """An event that the driver sets. When the driver is gone, so is its mailbox: then the rank ends at once,
-    and does not go on writing beside the next attempt."""
-    import ray
-
-    event = threading.Event()
-
-    def watch() -> None:
-        try:
-            ray.get(control.wait_stop.remote())
-        except ray.exceptions.RayActorError:
-            os._exit(1)
-        event.set()
-
-    threading.Thread(target=watch, daemon=True).start()
-    return event
-
-
-class _Source:
-    """next_batch of a rank; rank 0 also sends what the driver shows and serves, without waiting."""
-
-    def __init__(self, feed: Feed, control: Any | None) -> None:
-        self._feed, self._control = feed, control
-        self._began = False
-        self._loader: dict[str, float] = {}
-
-    def __call__(self, step: int) -> "Batch":
-        if not self._began:
-            self._began = True
-            if self._control is not None:
-                self._control.tell.remote("start", step)
-        batch = self._feed(step)
-        if self._control is not None:
-            self._loader = {f"loader/{name}": seconds for name, seconds in batch.seconds.items()}
-            self._loader["loader/depth"] = float(self._feed.depth)
-        return batch
-
-    def report(self, metrics: dict[str, float]) -> None:
-        if self._control is not None:
-            values = {name: float(value) for name, value in metrics.items()} | self._loader
-            self._control.tell.remote("step", values)
-
-
-# --- in the driver --------------------------------------------------------------------------------------
 
 
 def pretrain(
@@ -284,6 +122,12 @@ def is_complete(config: "TrainConfig", run_dir: Path, dataset_fingerprint: str) 
     return found.step >= config.max_steps and (run_dir / "encoder.safetensors").is_file()
 
 
+def newest_checkpoint(run_dir: Path) -> int:
+    """Step of the newest checkpoint by name, 0 where there is none; without torch."""
+    names = (path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def choose_gpu(gpu: bool | None, workers: int) -> bool:
     """A GPU a rank where the cluster has them; `gpu` decides otherwise. Raises UserError for too few."""
     import ray
@@ -336,28 +180,31 @@ class _Job:
             target=self._fit, args=(settings, control, workers, use_gpu), name="ray-train", daemon=True
         )
         thread.start()
-        asked_at = None
         with Progress("pretrain", self._config.max_steps, "steps", stream=self._stream) as progress:
-            while True:
-                alive = thread.is_alive()  # before the look, so that the last words are not missed
-                state: ControlState = ray.get(control.drain.remote(), timeout=60)
-                self._book(state, progress)
-                if not alive:
-                    break
-                if self._stop and asked_at is None:
-                    asked_at = time.monotonic()
-                    self._say(
-                        "pretrain: stopping after this step; a checkpoint is saved (again: stop at once)"
-                    )
-                    control.request_stop.remote()
-                    if not self._began:
-                        return 0, False, 0  # no rank has begun: nothing to save
-                if asked_at is not None and time.monotonic() - asked_at > STOP_TIMEOUT_SECONDS:
-                    raise TrainingFailedError("the ranks did not stop in time; the last checkpoint stands")
-                thread.join(POLL_SECONDS)
+            result = self._follow(control, thread, progress)
+        return int(result["step"]), bool(result["finished"]), self._restarts
+
+    def _follow(self, control: Any, thread: threading.Thread, progress: Progress) -> dict[str, Any]:
+        """Book what comes until the ranks end; hand a stop on to them."""
+        asked_at = None
+        while True:
+            alive = thread.is_alive()  # before the look, so that the last words are not missed
+            state = _drain(control)
+            self._book(state, progress)
+            if not alive:
+                break
+            if self._stop and asked_at is None:
+                asked_at = time.monotonic()
+                control.request_stop.remote()
+                if not self._began:  # nothing to save: the newest checkpoint is where it stands
+                    return {"step": newest_checkpoint(self._run_dir), "finished": False}
+                self._say("pretrain: stopping after this step; a checkpoint is saved (again: stop at once)")
+            if asked_at is not None and time.monotonic() - asked_at > STOP_TIMEOUT_SECONDS:
+                raise TrainingFailedError("the ranks did not stop in time; the last checkpoint stands")
+            thread.join(POLL_SECONDS)
         if state.result is None:
             raise TrainingFailedError(state.error or _short(self._failure))
-        return int(state.result["step"]), bool(state.result["finished"]), self._restarts
+        return state.result
 
     def _fit(self, settings: RankSettings, control: Any, workers: int, use_gpu: bool) -> None:
         import ray
@@ -404,11 +251,13 @@ class _Job:
             self._last = step
         if state.steps:
             progress.update(int(self._last["step"]) + 1, _note(self._last))
+            pointer = self._run_dir / "checkpoints" / "LATEST"
+            with contextlib.suppress(FileNotFoundError):
+                saved = pointer.stat().st_mtime
+                self._metrics.set("medswav_train_checkpoint_timestamp_seconds", saved)
 
     def _count_failure(self, error: str | None) -> None:
-        from trainer.checkpoint import list_steps
-
-        newest = max(list_steps(self._run_dir), default=0)
+        newest = newest_checkpoint(self._run_dir)
         self._fruitless = 1 if newest > self._saved else self._fruitless + 1
         self._saved = newest
         self._restarts += 1
@@ -419,6 +268,18 @@ class _Job:
                 f"the ranks failed {self._fruitless} times without a new checkpoint: {why}"
             )
         self._say(f"pretrain: a rank failed ({error or 'killed'}); starting the ranks again")
+
+
+def _drain(control: Any) -> ControlState:
+    import ray
+
+    try:
+        state: ControlState = ray.get(control.drain.remote(), timeout=60)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        raise TrainingFailedError(
+            f"the Ray cluster does not answer ({type(error).__name__}); the same command continues"
+        ) from None
+    return state
 
 
 def _failure_callback(control: Any) -> Any:

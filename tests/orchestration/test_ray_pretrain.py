@@ -93,11 +93,12 @@ def test_sigterm_saves_a_checkpoint_and_exits_130(data, undisturbed, ray_cluster
     run_dir, log = tmp_path / "run", tmp_path / "log"
     command = [MEDSWAV, *arguments(data, run_dir)]
     with jobs.child(command, log, jobs.environment()) as process:  # a local Ray of its own
-        jobs.poll("steps", begun(run_dir, 5), process)
+        jobs.poll("steps", begun(run_dir, EVERY + 5), process)
         text = scrape(run_dir)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 130, log.read_text()
-    assert 'medswav_train_loss{modality="ct"}' in text and "medswav_loader_queue_depth" in text
+    for sample in ('train_loss{modality="ct"}', "loader_queue_depth", "train_checkpoint_timestamp_seconds"):
+        assert float(value_of(f"medswav_{sample}", text)) > 0
     done = len(rows(run_dir))
     assert done < STEPS
     assert max(checkpoint.list_steps(run_dir)) == done
@@ -108,6 +109,11 @@ def test_sigterm_saves_a_checkpoint_and_exits_130(data, undisturbed, ray_cluster
     assert losses(run_dir) == undisturbed
     assert jobs.run(command, tmp_path / "again", ray_cluster.env) == 0
     assert "nothing to do" in (tmp_path / "again").read_text()
+
+
+def value_of(sample: str, text: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{sample} ")]
+    return line.split()[1]
 
 
 def scrape(run_dir: Path) -> str:

@@ -1,0 +1,193 @@
+"""The ranks of `medswav pretrain`: trainer.loop.train in a Ray Train worker, and a mailbox to the driver."""
+
+import asyncio
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestration.feed import Feed, make_batches
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.batches import Batch
+
+
+@dataclass
+class ControlState:
+    """What the ranks told since the last look: metrics of steps, steps to begin with, failures of the ranks
+    and the newest error; what ends the job (a user's mistake, a fatal error, the result) stays."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    failures: int = 0
+    user_error: str | None = None
+    fatal: str | None = None
+    error: str | None = None
+    result: dict[str, Any] | None = None
+
+
+class Control:
+    """The mailbox between the driver and the ranks: an actor of a few fields, on the driver's node."""
+
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
+        self._state = ControlState()
+
+    async def wait_stop(self) -> bool:
+        """Returns when a stop is asked for; every rank keeps one call open: asking costs no step time."""
+        await self._stop.wait()
+        return True
+
+    async def request_stop(self) -> None:
+        self._stop.set()
+
+    async def tell(self, kind: str, value: Any) -> None:
+        if kind == "step":
+            self._state.steps.append(value)
+        elif kind == "start":
+            self._state.starts.append(value)
+        elif kind == "failure":
+            self._state.failures += 1
+            self._state.error = self._state.error or value
+        else:
+            setattr(self._state, kind, value)
+
+    async def drain(self) -> ControlState:
+        """What was told; steps, starts and failures are handed out once."""
+        state = self._state
+        self._state = ControlState(user_error=state.user_error, fatal=state.fatal, result=state.result)
+        return state
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """All that a rank needs, in plain values."""
+
+    config_json: str
+    run_dir: str
+    feeders: int
+    bands: Any
+    dataset_fingerprint: str
+    control: Any  # actor handle
+
+
+def run_rank(settings: dict[str, Any]) -> None:
+    """The function that Ray Train runs on every rank, the process group being there already."""
+    import ray
+
+    from trainer.meter import NotFiniteError
+
+    given: RankSettings = settings["rank"]
+    try:
+        _train(given)
+    except (UserError, NotFiniteError) as error:
+        kind = "user_error" if isinstance(error, UserError) else "fatal"
+        ray.get(given.control.tell.remote(kind, str(error)))
+        time.sleep(60)  # a raise would have Ray Train start the ranks over before the driver ends the job
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        ray.get(given.control.tell.remote("error", text))
+        raise
+
+
+def _train(given: RankSettings) -> None:
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from trainer.config import TrainConfig
+    from trainer.loop import train
+
+    config = TrainConfig.model_validate_json(given.config_json)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads)
+    stop = _watch_stop(given.control)
+    arguments = (given.config_json, rank, world, given.bands)
+    with Feed(make_batches, arguments, given.feeders, config.max_steps) as feed:
+        control = given.control if rank == 0 else None
+        source = _Source(feed, control, config.checkpoint.every_steps, device.type == "cuda")
+        result = train(
+            config,
+            source,
+            Path(given.run_dir),
+            rank=rank,
+            world=world,
+            device=device,
+            dataset_fingerprint=given.dataset_fingerprint,
+            on_metrics=source.report if rank == 0 else None,
+            should_stop=stop.is_set,
+        )
+    if rank == 0:
+        ended = {"step": result.step, "finished": result.finished}
+        ray.get(given.control.tell.remote("result", ended))
+
+
+def _watch_stop(control: Any) -> threading.Event:
+    """An event that the driver sets. When the driver is gone, so is its mailbox: then the rank ends at once,
+    and does not go on writing beside the next attempt."""
+    import ray
+
+    event = threading.Event()
+
+    def watch() -> None:
+        try:
+            ray.get(control.wait_stop.remote())
+        except ray.exceptions.RayActorError:
+            os._exit(1)
+        event.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    return event
+
+
+class _Source:
+    """next_batch of a rank; rank 0 also sends what the driver shows and serves, without waiting."""
+
+    def __init__(self, feed: Feed, control: Any | None, save_every: int, on_gpu: bool) -> None:
+        self._feed, self._control, self._on_gpu = feed, control, on_gpu
+        self._loader: dict[str, float] = {}
+        self._save_every = save_every
+        self._returned: float | None = None
+        self._steps: deque[float] = deque(maxlen=20)  # seconds of steps without a checkpoint
+
+    def __call__(self, step: int) -> "Batch":
+        if self._control is not None:
+            self._note_time(step)
+        batch = self._feed(step)
+        if self._control is not None:
+            self._loader |= {f"loader/{name}": seconds for name, seconds in batch.seconds.items()}
+            self._loader["loader/depth"] = float(self._feed.depth)
+        self._returned = time.perf_counter()
+        return batch
+
+    def _note_time(self, step: int) -> None:
+        """A checkpoint's seconds are those that its step took beyond the mean of the steps around."""
+        if self._returned is None:
+            assert self._control is not None
+            self._control.tell.remote("start", step)
+            return
+        seconds = time.perf_counter() - self._returned
+        if step % self._save_every:
+            self._steps.append(seconds)
+        elif self._steps:
+            usual = sum(self._steps) / len(self._steps)
+            self._loader["checkpoint_seconds"] = max(0.0, seconds - usual)
+
+    def report(self, metrics: dict[str, float]) -> None:
+        if self._control is None:
+            return
+        values = {name: float(value) for name, value in metrics.items()} | self._loader
+        self._loader = {}
+        if self._on_gpu:
+            import torch
+
+            values["gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+        self._control.tell.remote("step", values)
