@@ -101,7 +101,7 @@ def prototype_use(dataset: Path, run_dir: Path) -> dict[str, list[int]]:
     model.load_state_dict(found.part("model"))
     model.eval()
     split = None if config.data.split == "all" else config.data.split
-    size, channels = config.views.crops[0].size, config.model.in_channels
+    size, channels = config.views.whole_image_size, config.model.in_channels
     use = {}
     for modality in config.data.modalities:
         _, images, _ = eval_images(str(dataset), modality, size, config.data.intensity, split)

@@ -119,6 +119,20 @@ class ViewConfig(_Strict):
     def n_crops(self) -> int:
         return sum(c.count for c in self.crops)
 
+    @property
+    def whole_image_size(self) -> int:
+        """Side in px of a whole image at the scale of an average large crop, for evaluation.
+
+        A network is best where things are as large as in training; a whole image squeezed to the crop's own
+        size shows them smaller (Touvron et al., Fixing the train-test resolution discrepancy, 2019). 512 at
+        the most: probes hold all images of a modality in memory.
+        """
+        if self.geometry == "paper":
+            return min(round(sum(self.default_size_range) / 2), 512)
+        large = max(self.crops, key=lambda crop: crop.size)
+        inside = (1 - 2 * self.border[0]) * (1 - 2 * self.border[1])
+        return min(round(large.size / (sum(large.share) / 2 * inside) ** 0.5), 512)
+
 
 class ModelConfig(_Strict):
     backbone: Literal["resnet-tiny", "resnet18", "resnet50", "resnet152", "resnet50w2", "resnet50w4"] = (

@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What an encoder file says of itself. `size`: px of the large crops it was trained on."""
+    """What an encoder file says of itself. `size`: px of a whole image for it."""
 
     backbone: str
     in_channels: int
@@ -42,7 +42,7 @@ def encoder_info(config: TrainConfig, step: int, dataset_fingerprint: str) -> En
         step=step,
         modalities=config.data.modalities,
         dataset_fingerprint=dataset_fingerprint,
-        size=config.views.crops[0].size,
+        size=config.views.whole_image_size,
         seed=config.seed,
         split=config.data.split,
         intensity=config.data.intensity,

@@ -59,17 +59,17 @@ class _Body:
         return _Body(
             height=u(0.66, 0.8),
             width=u(0.86, 0.97),
-            lung=u(0.9, 1.12),
+            lung=u(1.05, 1.2),
             heart=u(0.75, 1.2),
             fat=u(0.03, 0.12),
-            turn=u(-0.15, 0.15),
+            turn=u(-0.1, 0.1),
             scale=u(0.98, 1.14),
             field_mm=u(300, 420),
             lung_hu=u(-880, -780),
             contrast_hu=u(0, 180),
-            noise_hu=u(15, 60),
-            kernel=u(0.5, 1.1),
-            burden=u(150, 240),
+            noise_hu=u(10, 30),
+            kernel=u(0.5, 0.8),
+            burden=u(200, 280),
             radius=u(0.03, 0.042),
         )
 

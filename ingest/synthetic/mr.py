@@ -66,15 +66,15 @@ class _Head:
             height=u(0.84, 0.95),
             width=u(0.72, 0.84),
             ventricle=u(0.6, 1.5),
-            folds=u(0.05, 0.1),
+            folds=u(0.04, 0.07),
             fold_size=u(0.02, 0.035),
             turn=u(-0.25, 0.25),
             scale=u(0.9, 1.05),
-            bias=u(0.08, 0.3),
-            noise=u(0.015, 0.06),
-            tissue=rng.uniform(0.9, 1.1, (2, 6)),
-            burden=u(0.9, 1.4),
-            radius=u(0.027, 0.04),
+            bias=u(0.05, 0.15),
+            noise=u(0.01, 0.025),
+            tissue=rng.uniform(0.95, 1.05, (2, 6)),
+            burden=u(1.5, 2.0),
+            radius=u(0.032, 0.042),
         )
 
 

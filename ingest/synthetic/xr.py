@@ -49,7 +49,7 @@ class _Chest:
             ribs=u(0.03, 0.09),
             rib_pitch=u(0.17, 0.23),
             spine=u(0.08, 0.2),
-            burden=u(0.06, 0.095),
+            burden=u(0.085, 0.12),
             radius=u(0.03, 0.044),
         )
 
@@ -99,11 +99,11 @@ def _ribs(y: Image, x: Image, chest: _Chest) -> Image:
 
 def _film(rng: Random, image: Image, shape: tuple[int, int]) -> Image:
     """Exposure, scatter, focal blur, quantum noise, and collimator shutters on some."""
-    image = blur(image, rng.uniform(0.4, 1.0))
-    image = image * (1 + 0.12 * noise(rng, shape, 0.5 * min(shape)))
+    image = blur(image, rng.uniform(0.4, 0.7))
+    image = image * (1 + 0.08 * noise(rng, shape, 0.5 * min(shape)))
     image = np.clip(image, 0, None) ** rng.uniform(0.75, 1.35)
     image = rng.uniform(0.55, 1.0) * image + rng.uniform(0.02, 0.2)
-    image = image + rng.uniform(0.004, 0.018) * noise(rng, shape, 0.4)
+    image = image + rng.uniform(0.004, 0.01) * noise(rng, shape, 0.4)
     if rng.random() < 0.3:
         edge = int(rng.integers(2, 7))
         frame = np.zeros(shape, np.float32)

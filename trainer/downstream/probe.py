@@ -78,7 +78,7 @@ def evaluate(
 ) -> Evaluation:
     """Probe every modality of the dataset that has labels (`labels`: columns key, label).
 
-    `size`: px of the square evaluation images (default: the encoder's large crops). Raises UserError where
+    `size`: px of the square evaluation images (default: the encoder's `size`). Raises UserError where
     there is no encoder, the encoders differ in kind, or no modality can be evaluated.
     """
     info = _same_kind(pretrained)
