@@ -1,6 +1,8 @@
 """Commands of ours as children, found and killed by recorded pid; polling with deadlines."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import psutil
 
 BIN = Path(sys.executable).parent
 DEADLINE_SECONDS = 240.0
+_PR_SET_PDEATHSIG = 1
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -22,12 +25,23 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"RAY_USAGE_STATS_ENABLED": "0"} | extra
 
 
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the tests are killed, so that no cluster outlives them (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 @contextmanager
 def child(command: Sequence[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen]:
     """A command in a session of its own; killed, with all its descendants, if it still runs at the end."""
     with open(log, "ab") as stream:
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     try:
         yield process
