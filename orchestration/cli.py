@@ -174,6 +174,10 @@ def demo(
         int | None,
         typer.Option(min=2, help="Generated patients of each modality; default: as in `make demo`."),
     ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pretrainings with other seeds; default 3, for your own files 1."),
+    ] = None,
     address: Address = None,
 ) -> None:
     """The whole path: files to shards, a short pretraining, probes, one HTML report."""
@@ -187,6 +191,7 @@ def demo(
         ranks=ranks,
         feeders=feeders,
         patients=patients,
+        repeats=repeats,
         address=address,
     )
     raise typer.Exit(code)

@@ -25,11 +25,12 @@ from shards.errors import UserError
 from shards.ids import Pseudonymizer, create_key, digest, load_key
 from shards.store import clear_errors
 from trainer import files
-from trainer.config import load_config
+from trainer.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
     from orchestration.ingest_job import IngestSummary
 
+REPEATS = 3  # pretrainings of the generated demo: a lead must lie outside of their spread
 NO_LABELS = (
     "The probe was skipped because no labels were given: run again with --labels CSV "
     "(columns file and label) to have the encoder judged."
@@ -48,6 +49,7 @@ class Options:
     overrides: tuple[str, ...]
     patients: int
     seed: int
+    repeats: int
     ranks: int
     feeders: int
     address: str | None
@@ -62,8 +64,9 @@ class Options:
         return self.folder / "dataset"
 
     @property
-    def run(self) -> Path:
-        return self.folder / "run"
+    def runs(self) -> tuple[Path, ...]:
+        """A run folder for each pretraining seed; the report shows the first, the scores are of all."""
+        return tuple(self.folder / (f"run-{i}" if i else "run") for i in range(self.repeats))
 
     @property
     def report(self) -> Path:
@@ -90,13 +93,15 @@ def demo(
     feeders: int = 1,
     address: str | None = None,
     patients: int | None = None,
+    repeats: int | None = None,
     seed: int = 0,
     stream: TextIO | None = None,
 ) -> int:
     """Run what is not yet done of the six steps; progress to `stream` (stderr), the result to stdout.
 
-    patients: of each modality, generated. Returns the exit code: 0, or 130 when it was stopped. Raises
-    UserError.
+    patients: of each modality, generated. repeats: pretrainings with other seeds, so that the scores have a
+    spread; default REPEATS for generated patients, 1 for own files. Returns the exit code: 0, or 130 when it
+    was stopped. Raises UserError.
     """
     from ingest.synthetic import PATIENTS
 
@@ -107,6 +112,7 @@ def demo(
         overrides=tuple(overrides),
         patients=PATIENTS if patients is None else patients,
         seed=seed,
+        repeats=repeats or (1 if sources else REPEATS),
         ranks=ranks,
         feeders=feeders,
         address=address,
@@ -249,34 +255,49 @@ def _join(options: Options, log: StepLog) -> str:
 
 
 def _pretrain(options: Options, fitted: Fitted, log: StepLog) -> bool:
-    """True when the run is finished."""
+    """True when every run is finished."""
     from orchestration.pretrain_job import pretrain
+
+    config = fitted.config
+    seeds = {run: config.model_copy(update={"seed": config.seed + i}) for i, run in enumerate(options.runs)}
+    times = f", {len(seeds)} times with different seeds" if len(seeds) > 1 else ""
+    to_do = {run: own for run, own in seeds.items() if not _finished(run, own)}
+    if not to_do:
+        log.already("Pretrain", f"{config.max_steps:,} steps{times}")
+        return True
+    with log.step("Pretrain") as detail:
+        detail.text = f"{config.max_steps:,} steps on {options.ranks} ranks{times}"
+        for run, own in to_do.items():
+            if len(seeds) > 1:
+                log.say(f"      seed {own.seed}")
+            result = pretrain(
+                own,
+                run,
+                options.ranks,
+                options.feeders,
+                address=options.address,
+                stream=options.stream,
+            )
+            detail.stopped = not result.finished
+            if detail.stopped:
+                break
+    return not detail.stopped
+
+
+def _finished(run: Path, config: TrainConfig) -> bool:
+    """Raises UserError where the folder holds a run with other settings."""
     from trainer import checkpoint
     from trainer.prepare import dataset_fingerprint
 
-    config = fitted.config
-    found = checkpoint.newest(options.run)
-    if found is not None:
-        checkpoint.check_same_run(found.state, config, dataset_fingerprint(config.data.dataset))
-        if found.step >= config.max_steps and (options.run / "encoder.safetensors").is_file():
-            log.already("Pretrain", f"{found.step:,} steps")
-            return True
-    with log.step("Pretrain") as detail:
-        result = pretrain(
-            config,
-            options.run,
-            options.ranks,
-            options.feeders,
-            address=options.address,
-            stream=options.stream,
-        )
-        detail.stopped = not result.finished
-        detail.text = f"{result.step:,} steps on {options.ranks} ranks"
-    return result.finished
+    found = checkpoint.newest(run)
+    if found is None:
+        return False
+    checkpoint.check_same_run(found.state, config, dataset_fingerprint(config.data.dataset))
+    return found.step >= config.max_steps and (run / "encoder.safetensors").is_file()
 
 
 def _probe(options: Options, log: StepLog) -> dict[str, Any]:
-    found = demo_evaluate.read(options.folder, demo_evaluate.fingerprint(options.dataset, options.run))
+    found = demo_evaluate.read(options.folder, demo_evaluate.fingerprint(options.dataset, options.runs))
     if found is not None:
         log.already("Probe", _probed(found))
         return found
@@ -286,7 +307,7 @@ def _probe(options: Options, log: StepLog) -> dict[str, Any]:
             progress.total = total
             progress.update(done, modality)
 
-        results = demo_evaluate.evaluate(options.dataset, options.run, NO_LABELS, update)
+        results = demo_evaluate.evaluate(options.dataset, options.runs, NO_LABELS, update)
         demo_evaluate.write(options.folder, results)
         detail.text = _probed(results)
     return results
@@ -331,7 +352,7 @@ def _report(
             "machine": {title: facts.pop(name) for name, title in hardware.items()},
             "versions": facts,
         }
-        page = render(gather(options.dataset, options.run, results, about))
+        page = render(gather(options.dataset, options.runs[0], results, about))
         files.replace_file(options.report, page.encode())
         detail.text = f"{len(page) / 1e6:.1f} MB"
 

@@ -1,7 +1,7 @@
 """The demo's measurements after training, in FOLDER/results.json: probes, and the use of the prototypes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ LABELS = "labels"  # the name that `ingest label` and `medswav probe` take by de
 _CHUNK = 256
 
 
-def fingerprint(dataset: Path, run_dir: Path) -> str:
+def fingerprint(dataset: Path, runs: Sequence[Path]) -> str:
     """Of all that the results depend on: encoder, labels, protocol. Equal: nothing to do again."""
     labels = dataset / "labels" / f"{LABELS}.parquet"
     return digest(
         str(FORMAT_VERSION),
         str(SEEDS),
-        file_sha256(run_dir / "encoder.safetensors"),
+        *(file_sha256(run / "encoder.safetensors") for run in runs),
         file_sha256(labels) if labels.is_file() else "no labels",
     )
 
@@ -41,14 +41,17 @@ def read(folder: Path, wanted: str | None = None) -> dict[str, Any] | None:
 
 
 def evaluate(
-    dataset: Path, run_dir: Path, why_no_labels: str, progress: Callable[[int, int, str], None] | None = None
+    dataset: Path,
+    runs: Sequence[Path],
+    why_no_labels: str,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Probe the encoder of `run_dir` where the dataset has labels, and count the use of its prototypes."""
+    """Probe the runs' encoders where the dataset has labels; count the use of the first one's prototypes."""
     return {
         "format": FORMAT_VERSION,
-        "fingerprint": fingerprint(dataset, run_dir),
-        **probe(dataset, run_dir, why_no_labels, progress),
-        "prototypes": prototype_use(dataset, run_dir),
+        "fingerprint": fingerprint(dataset, runs),
+        **probe(dataset, runs, why_no_labels, progress),
+        "prototypes": prototype_use(dataset, runs[0]),
     }
 
 
@@ -57,7 +60,10 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 
 
 def probe(
-    dataset: Path, run_dir: Path, why_no_labels: str, progress: Callable[[int, int, str], None] | None = None
+    dataset: Path,
+    runs: Sequence[Path],
+    why_no_labels: str,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Scores, summary, and why a modality (or everything) was skipped."""
     from trainer.downstream.probe import evaluate as run_probes
@@ -66,10 +72,10 @@ def probe(
     nothing: dict[str, Any] = {"scores": [], "summary": [], "skipped": {}}
     if LABELS not in catalog.label_names(dataset):
         return nothing | {"probe_skipped": why_no_labels}
-    encoder = load_encoder(run_dir / "encoder.safetensors")
+    encoders = [load_encoder(run / "encoder.safetensors") for run in runs]
     table = catalog.labels(dataset, LABELS)
     try:
-        found = run_probes(str(dataset), table, [encoder], seeds=SEEDS, random_seeds=SEEDS, progress=progress)
+        found = run_probes(str(dataset), table, encoders, seeds=SEEDS, random_seeds=SEEDS, progress=progress)
     except UserError as error:
         return nothing | {"probe_skipped": f"The probe was skipped: {error}."}
     return {

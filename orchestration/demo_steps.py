@@ -28,7 +28,7 @@ class StepLog:
     """Prints `[2/6] Ingest: ...` and keeps seconds and detail of every step that was done."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self._path, self._say = folder / "steps.json", say
+        self._path, self.say = folder / "steps.json", say
         self._records: dict[str, dict[str, Any]] = {}
         with suppress(FileNotFoundError, ValueError):  # a damaged file costs the times and nothing else
             self._records = json.loads(self._path.read_text())
@@ -40,11 +40,11 @@ class StepLog:
         interrupted = before is not None and "seconds" not in before
         if before is None:
             self._record(name, {"begun": True})
-        self._say(f"{_number(name)} {name}" + (": goes on where it was interrupted" if interrupted else ""))
+        self.say(f"{_number(name)} {name}" + (": goes on where it was interrupted" if interrupted else ""))
         began, detail = time.monotonic(), Detail()
         yield detail
         if detail.stopped:
-            self._say(f"{_number(name)} {name}: stopped; nothing is lost, the same command goes on from here")
+            self.say(f"{_number(name)} {name}: stopped; nothing is lost, the same command goes on from here")
             return
         if detail.already:
             self.already(name, detail.text)
@@ -52,16 +52,16 @@ class StepLog:
         seconds = time.monotonic() - began
         text = detail.text + (" (the last part, after an interruption)" if interrupted else "")
         self._record(name, {"seconds": seconds, "detail": text})
-        self._say(f"{_number(name)} {name}: done in {duration(seconds)}; {detail.text}")
+        self.say(f"{_number(name)} {name}: done in {duration(seconds)}; {detail.text}")
 
     def already(self, name: str, text: str) -> None:
         """The step's own state says that it is done."""
-        self._say(f"{_number(name)} {name}: already done ({text})")
+        self.say(f"{_number(name)} {name}: already done ({text})")
         if "seconds" not in self._records.get(name, {}):
             self._record(name, {"seconds": 0.0, "detail": text + " (done before, time not known)"})
 
     def skipped(self, name: str, why: str) -> None:
-        self._say(f"{_number(name)} {name}: skipped; {why}")
+        self.say(f"{_number(name)} {name}: skipped; {why}")
 
     def rows(self) -> list[dict[str, Any]]:
         """name, seconds and detail of the finished steps, in their order."""

@@ -187,10 +187,14 @@ def seed_note(results: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     splits = len({row["seed"] for row in rows})
-    networks = len({row["encoder_seed"] for row in rows if row["encoder"] == "random"})
+    networks = {
+        name: len({row["encoder_seed"] for row in rows if row["encoder"] == name})
+        for name in ("pretrained", "random")
+    }
     return (
-        f"The range is over {splits} splits of the patients into training and test, for the "
-        f"random-initialised encoder times {networks} initialisations."
+        f"The range is over {splits} splits of the patients into training and test, times "
+        f"{networks['pretrained']} pretraining{'s' * (networks['pretrained'] > 1)} and {networks['random']} "
+        "random initialisations."
     )
 
 

@@ -65,11 +65,11 @@ class _Body:
             turn=u(-0.1, 0.1),
             scale=u(0.98, 1.14),
             field_mm=u(300, 420),
-            lung_hu=u(-880, -780),
-            contrast_hu=u(0, 180),
+            lung_hu=u(-860, -800),
+            contrast_hu=u(40, 120),
             noise_hu=u(10, 30),
             kernel=u(0.5, 0.8),
-            burden=u(200, 280),
+            burden=u(240, 320),
             radius=u(0.03, 0.042),
         )
 
