@@ -57,9 +57,9 @@ def pretrain(
     Example: medswav pretrain --preset demo --dataset DATASET --run-dir RUN --set max_steps=500
     """
     from orchestration.pretrain_job import pretrain
-    from trainer.config import load_config
+    from trainer.config import load_config, text_setting
 
-    config = load_config(preset, [*(set_ or []), f"data.dataset={dataset.absolute()}"])
+    config = load_config(preset, [*(set_ or []), text_setting("data.dataset", dataset.absolute())])
     result = pretrain(
         config,
         run_dir,
@@ -114,10 +114,10 @@ def fit_bands(
     """Fit the statistics of the energy augmentation to a file; pretrain fits its own where none is given."""
     from trainer.augment.bands import save_statistics
     from trainer.batches import fit_bands
-    from trainer.config import load_config
+    from trainer.config import load_config, text_setting
     from trainer.files import disk_full_is_clear
 
-    config = load_config(preset, [*(set_ or []), f"data.dataset={dataset.absolute()}"])
+    config = load_config(preset, [*(set_ or []), text_setting("data.dataset", dataset.absolute())])
     if output.exists():
         raise UserError(f"{output} exists already: choose another name, or remove it")
     statistics = fit_bands(config, images)

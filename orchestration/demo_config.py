@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shards.errors import UserError
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig, load_config, text_setting
 
 RANKS = 2
 ENOUGH_IMAGES = 8  # of a modality, in the training split: fewer are left out when another modality has more
@@ -45,7 +45,6 @@ def fit(
     share = _share(preset, images, ranks, notes)
     steps = preset.max_steps if "max_steps" in given else _steps(preset, images, share, notes)
     settings = {
-        "data.dataset": dataset,
         "data.modalities": f"[{', '.join(images)}]",
         "data.split": split,
         "data.batch_size": share * len(images),
@@ -55,6 +54,7 @@ def fit(
         "checkpoint.every_steps": max(1, min(preset.checkpoint.every_steps, steps // 10)),
     }
     own = [f"{name}={value}" for name, value in settings.items() if name not in given]
+    own += [] if "data.dataset" in given else [text_setting("data.dataset", dataset)]
     if overrides:
         notes.append(f"Settings of your own: {', '.join(overrides)}.")
     return Fitted(load_config("demo", [*own, *overrides]), tuple(notes))

@@ -4,6 +4,7 @@ An unknown key is an error; a value is obeyed or refused with the fix, never adj
 principle 5). The defaults are Table I of the paper, column 2D.
 """
 
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -219,6 +220,11 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
+
+
+def text_setting(name: str, value: str | Path) -> str:
+    """An override of `load_config` that holds this text as it is, whatever YAML would make of it."""
+    return f"{name}={json.dumps(str(value), ensure_ascii=False)}"
 
 
 def check_world(config: TrainConfig, world_size: int) -> None:

@@ -163,6 +163,13 @@ def test_fit_bands_writes_a_file_once(inputs, tmp_path, capsys):
     one_line(capsys, "exists already")
 
 
+def test_a_folder_s_name_is_never_read_as_yaml(inputs, tmp_path):
+    folder = tmp_path / "study #2: a"
+    folder.symlink_to(f"{inputs}/data")
+    arguments = ["fit-bands", str(tmp_path / "bands.json"), "--dataset", str(folder), "--images", "2"]
+    assert main([*arguments, "--set", "data.modalities=[ct]"]) == 0
+
+
 def test_the_command_line_imports_neither_ray_nor_torch_nor_numpy():
     code = (
         "import sys; from orchestration.cli import main, ingest_main; main(['--help']);"

@@ -20,6 +20,11 @@ def test_a_full_dataset_gets_the_preset_as_it_is_and_nothing_to_say() -> None:
     assert fitted.config.data.batch_size == preset.data.batch_size
 
 
+@pytest.mark.parametrize("name", ["/study #2", "/a: b", "/[x", "/d\u00e9\U0001f600", '/q"'])
+def test_a_folder_s_name_is_never_read_as_yaml(name: str) -> None:
+    assert fit(name, {"ct": split(400)}).config.data.dataset == name
+
+
 def test_a_small_dataset_gets_fewer_steps_and_a_smaller_batch_and_says_both() -> None:
     fitted = fit("/d", {"ct": split(26, 13, 3)})
     assert fitted.config.data.modalities == ("ct",)
