@@ -205,17 +205,16 @@ def _probe(
     for name, encoder_seed, x in features:
         for seed, fraction, part in parts:
             counts = {"n_train": len(part.train), "n_val": len(part.val), "n_test": len(part.test)}
-            for probe, auc in _both_probes(x, data.labels, part).items():
+            for probe, auc in _both_probes(x, data, part).items():
                 drawn = {"encoder": name, "encoder_seed": encoder_seed, "seed": seed, "fraction": fraction}
                 rows.append({**drawn, "probe": probe, "auc": auc, **counts})
     return rows
 
 
-def _both_probes(x: Features, y: NDArray[np.int64], part: ProbeSplit) -> dict[str, float]:
-    fit = np.concatenate([part.train, part.val])
-    train, val, test = part.train, part.val, part.test
+def _both_probes(x: Features, data: LabelledImages, part: ProbeSplit) -> dict[str, float]:
+    y, fit, test = data.labels, np.concatenate([part.train, part.val]), part.test
     return {
-        "linear": linear_probe_auc(x[train], y[train], x[test], y[test], x[val], y[val]),
+        "linear": linear_probe_auc(x[fit], y[fit], x[test], y[test], data.patients[fit]),
         "knn": knn_auc(x[fit], y[fit], x[test], y[test]),
     }
 
