@@ -38,7 +38,7 @@ def patients(n: int):
 @pytest.mark.parametrize("width", [30, 400])  # fewer and more features than samples
 def test_separable_features_give_auc_one(classes, width):
     train, test = (blobs(150, classes, 12.0, seed, width) for seed in range(2))
-    # standardised, 2 telling features among 400 of noise are as loud as any: 150 samples do not find them fully
+    # standardised, 2 telling features are no louder than 398 of noise: 150 samples do not find them fully
     assert linear_probe_auc(*train, *test, patients(150)) > (0.99 if width == 30 else 0.95)
     assert knn_auc(*train, *test) > 0.98
 
