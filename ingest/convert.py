@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pyarrow as pa
+
 from ingest.config import IngestConfig
 from ingest.dedupe import Keys, Seen, image_keys
 from ingest.deidentify import deidentification, make_row, source_id
@@ -15,9 +17,10 @@ from ingest.plan import Unit
 from ingest.sandbox import Reader, shared_reader
 from shards.codec import Codec, get_codec
 from shards.commit import Commit, EncodedSample, QuarantineRow, commit_unit, find_commit
-from shards.dataset import DatasetInfo
+from shards.dataset import DatasetInfo, to_json
+from shards.errors import UserError
 from shards.ids import Pseudonymizer
-from shards.schema import FORMAT_VERSION, Reason
+from shards.schema import FORMAT_VERSION, Reason, Row, catalog_schema, check_row
 from shards.stats import pixel_digest, pixel_statistics
 from shards.store import Store
 
@@ -120,18 +123,14 @@ class _Work:
         found: list[Keys] = []
         refusals: list[Refusal] = []
         for item in self._timed(read_entry(entry, self.reader)):
-            if isinstance(item, Refusal):
-                refusals.append(item)
-                continue
-            started = time.perf_counter()
-            keys = image_keys(item, pixel_digest(item.pixels))
-            reason = self.seen.reason(keys)
-            if reason is None:
-                samples.append(self._encode(item, entry, keys.pixels))
-                found.append(keys)
+            made = item if isinstance(item, Refusal) else self._sample(item, entry)
+            if isinstance(made, Refusal):
+                refusals.append(made)
+                if made.reason is Reason.CRASHED:
+                    break
             else:
-                refusals.append(Refusal(reason, item.index, item.modality))
-            self.seconds["encode"] += time.perf_counter() - started
+                samples.append(made[0])
+                found.append(made[1])
         whole = [refusal for refusal in refusals if refusal.frame == -1]
         if not whole and not samples and len(refusals) == 1:
             whole = [replace(refusals[0], frame=-1)]  # its only image
@@ -141,9 +140,26 @@ class _Work:
         self.seen.add(found)
         return samples
 
+    def _sample(self, frame: Frame, entry: Entry) -> tuple[EncodedSample, Keys] | Refusal:
+        """A frame encoded, or why it is not; CRASHED (the whole file) where we cannot handle what it holds."""
+        started = time.perf_counter()
+        try:
+            keys = image_keys(frame, pixel_digest(frame.pixels))
+            reason = self.seen.reason(keys)
+            if reason is not None:
+                return Refusal(reason, frame.index, frame.modality)
+            return self._encode(frame, entry, keys.pixels), keys
+        except (UserError, OSError):  # of this machine (a codec, a disk), not of the file: a run may mend it
+            raise
+        except Exception:  # noqa: BLE001 - the boundary: one odd file must not end its unit, nor its texts leave
+            return Refusal(Reason.CRASHED, modality=frame.modality)
+        finally:
+            self.seconds["encode"] += time.perf_counter() - started
+
     def _encode(self, frame: Frame, entry: Entry, digest: str) -> EncodedSample:
         row = make_row(frame, entry, self.unit.unit, self.config, self.names)
         row |= {"pixel_digest": digest} | pixel_statistics(frame.pixels)
+        _check_storable(row)
         return EncodedSample(row, self.codec.encode(frame.pixels))
 
     def _refuse(self, entry: Entry, refusals: list[Refusal]) -> None:
@@ -161,6 +177,13 @@ class _Work:
             if item is None:
                 return
             yield item
+
+
+def _check_storable(row: Row) -> None:
+    """Raise what the commit would raise: there it would end the whole unit."""
+    placed = row | {"shard": "", "offset": 0, "size": 0}
+    check_row(placed)
+    to_json(pa.RecordBatch.from_pylist([placed], catalog_schema()).to_pylist()[0])
 
 
 def read_entry(entry: Entry, reader: Reader) -> Iterator[Item]:

@@ -5,6 +5,7 @@ The PS3.15 action of each column stands in shards.schema.
 """
 
 import datetime
+import math
 import re
 from typing import Any
 
@@ -93,7 +94,13 @@ def make_row(frame: Frame, entry: Entry, unit: str, config: IngestConfig, names:
     for name in ("study", "series", "instance", "frame_of_reference"):
         if identifiers.get(name):
             row[name] = names.id(name, identifiers[name])
-    return row | frame.columns
+    return row | {name: _finite(value) for name, value in frame.columns.items()}
+
+
+def _finite(value: Any) -> Any:
+    """None for a number, or a list with a number, that is infinite or NaN: JSON has none and no reader asks."""
+    numbers = value if isinstance(value, list) else [value]
+    return None if any(isinstance(n, float) and not math.isfinite(n) for n in numbers) else value
 
 
 def source_id(relative: str, names: Pseudonymizer) -> str:

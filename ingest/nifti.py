@@ -138,7 +138,7 @@ def _canonical(header: Nifti1Header, data: NDArray) -> _Volume:
         zooms = [float(z) for z in header.get_zooms()[:3]]
         return _Volume(data, None, slope, intercept, (*zooms, *[0.0] * (3 - len(zooms))), stored_axis)
     turned = affine @ inv_ornt_aff(orientation, data.shape[:3])
-    spacing = np.sqrt((turned[:3, :3] ** 2).sum(axis=0))
+    spacing = np.linalg.norm(turned[:3, :3], axis=0)
     return _Volume(
         apply_orientation(data, orientation),
         turned,
@@ -181,6 +181,8 @@ def _mapping(data: NDArray) -> _Mapping:
         return _Mapping("uint16")
     if whole and low >= -0x8000 and high <= 0x7FFF:
         return _Mapping("int16")
+    if not math.isfinite(high - low):  # 16 bits of such a range would show nothing
+        raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
     return _Mapping("uint16", (high - low) / 0xFFFF or 1.0, low)
 
 
@@ -216,9 +218,9 @@ def _describe(image: NDArray, volume: _Volume, axis: int, k: int) -> Row:
         "inverted": False,
         "was_color": False,
         "lossy_source": False,
-        "spacing_row_mm": volume.spacing[second] or None,
-        "spacing_column_mm": volume.spacing[first] or None,
-        "slice_thickness_mm": volume.spacing[axis] or None,
+        "spacing_row_mm": _length(volume.spacing[second]),
+        "spacing_column_mm": _length(volume.spacing[first]),
+        "slice_thickness_mm": _length(volume.spacing[axis]),
     }
     if volume.affine is None:
         return row
@@ -231,3 +233,7 @@ def _describe(image: NDArray, volume: _Volume, axis: int, k: int) -> Row:
         "position_mm": [float(v) for v in position],
         "orientation": [float(v) for v in (*along_row, *down_column)],
     }
+
+
+def _length(value: float) -> float | None:
+    return value if math.isfinite(value) and value > 0 else None

@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
+from ingest import convert
 from ingest.convert import dataset_info, run_unit
 from ingest.deidentify import source_id
 from shards import catalog
@@ -162,3 +163,60 @@ def test_no_patient_crosses_splits_and_files_without_one_are_kept_apart(tmp_path
     splits = table.group_by("patient").aggregate([("split", "count_distinct")])
     assert pc.max(splits["split_count_distinct"]).as_py() == 1
     assert splits.num_rows == 6
+
+
+def test_a_file_that_breaks_our_own_code_is_refused_alone_and_without_its_text(source, tmp_path, monkeypatch):
+    real = convert.make_row
+
+    def odd(frame, entry, *rest):
+        row = real(frame, entry, *rest)
+        if entry.relative == "m0":
+            raise ValueError("Quillfeather")
+        return row | ({"echo_number": 2**40} if entry.relative == "m1" else {})  # no int32
+
+    monkeypatch.setattr(convert, "make_row", odd)
+    ingest(source, tmp_path / "a")
+    rows = {r["source"]: (r["frame"], r["reason"]) for r in catalog.quarantine(tmp_path / "a").to_pylist()}
+    assert rows[source_id("m0", NAMES)] == rows[source_id("m1", NAMES)] == (-1, Reason.CRASHED)
+    kept = set(catalog.load(tmp_path / "a")["source"].to_pylist())
+    assert kept == {source_id("m2", NAMES), source_id("c", NAMES)}
+    assert not any(b"Quillfeather" in data for data in tree(tmp_path / "a").values())
+
+
+@pytest.mark.parametrize("error", [UserError("no codec"), OSError("no memory for a child")])
+def test_what_is_wrong_with_this_machine_is_not_held_against_a_file(source, tmp_path, monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(convert, "make_row", broken)
+    with pytest.raises(type(error)):
+        ingest(source, tmp_path / "a")
+
+
+def test_numbers_that_json_lacks_are_missing_values(source, tmp_path, monkeypatch):
+    real = convert.make_row
+
+    def odd(frame, *rest):
+        frame.columns |= {"kvp": float("nan"), "position_mm": [0.0, float("inf"), 0.0], "echo_time_ms": 2.0}
+        return real(frame, *rest)
+
+    monkeypatch.setattr(convert, "make_row", odd)
+    ingest(source, tmp_path / "a")
+    rows = catalog.load(tmp_path / "a").to_pylist()
+    assert len(rows) == 4
+    assert all((r["kvp"], r["position_mm"], r["echo_time_ms"]) == (None, None, 2.0) for r in rows)
+
+
+@pytest.mark.parametrize("sandbox", ["inline", "process"])
+def test_identifiers_that_are_no_text_get_a_pseudonym_too(tmp_path, sandbox):
+    folder = tmp_path / "s"
+    write(folder / "good", grey(seed=1), number=1)
+    path = write(folder / "odd", number=2, SpecificCharacterSet="raw_unicode_escape", PatientID="~ud800X")
+    path.write_bytes(path.read_bytes().replace(b"~ud800X", b"\\ud800X"))
+    ingest(folder, tmp_path / "out", sandbox=sandbox)
+    patients = {r["source"]: r["patient"] for r in catalog.load(tmp_path / "out").to_pylist()}
+    assert patients == {
+        source_id("good", NAMES): NAMES.id("patient", "P1"),
+        source_id("odd", NAMES): NAMES.id("patient", "\ud800X"),
+    }
+    assert not verify(tmp_path / "out", deep=True).problems

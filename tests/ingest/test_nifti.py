@@ -170,3 +170,20 @@ def test_blank_slices_are_refused_one_by_one(tmp_path):
     data[..., 0] = 0
     items = read(save(tmp_path / "v.nii", data), "nifti", "mr")
     assert items[0] == Refusal(Reason.CONSTANT, 0, "mr") and len(items) == 6
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), -2.0, 0.0])
+def test_a_voxel_size_that_is_no_length_is_a_missing_value(tmp_path, size):
+    path = save(tmp_path / "v.nii", volume(), sform_code=0, qform_code=0)
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<f", raw, 80, size)  # pixdim[1]
+    struct.pack_into("<hh", raw, 252, 0, 0)
+    path.write_bytes(raw)
+    columns = frames(path)[0].columns
+    assert (columns["spacing_row_mm"], columns["spacing_column_mm"]) == (pytest.approx(0.9), None)
+
+
+def test_a_range_beyond_all_numbers_is_refused(tmp_path):
+    data = np.random.default_rng(0).normal(0, 1, SHAPE)
+    data[0, 0, 0], data[1, 0, 0] = 1.7e308, -1.7e308
+    assert one(save(tmp_path / "v.nii", data), "nifti", "mr").reason == Reason.BAD_PIXEL_DESCRIPTION
