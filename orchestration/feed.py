@@ -24,12 +24,15 @@ BATCH_TIMEOUT_SECONDS = 900.0
 MakeBatch = Callable[[int], "Batch"]
 
 
-def make_batches(config_json: str, rank: int, world: int, bands: Any) -> MakeBatch:
+def make_batches(
+    config_json: str, rank: int, world: int, bands: Any, fingerprint: str | None = None
+) -> MakeBatch:
     """The factory that the actors call: `trainer.batches.BatchMaker` for one rank."""
     from trainer.batches import BatchMaker
     from trainer.config import TrainConfig
 
-    return BatchMaker(TrainConfig.model_validate_json(config_json), rank, world, bands)
+    config = TrainConfig.model_validate_json(config_json)
+    return BatchMaker(config, rank, world, bands, fingerprint)
 
 
 class Augmenter:

@@ -67,6 +67,8 @@ def pretrain(
     Everything is written below run_dir, which all nodes must see. max_failures: restarts in a row without a
     step gained. Raises UserError (configuration, disk), TrainingFailedError.
     """
+    from trainer.config import check_device
+
     say = _printer(stream)
     run_dir = run_dir.absolute()
     prepared = check(config, run_dir, workers, say)
@@ -83,6 +85,7 @@ def pretrain(
         endpoint(metrics, run_dir, "pretrain", metrics_port, metrics_host) as url,
     ):
         use_gpu = choose_gpu(gpu, workers)
+        check_device(config, workers, "cuda" if use_gpu else "cpu")
         device = "GPU" if use_gpu else "CPU"
         say(f"pretrain: {workers} ranks on {device}, {feeders} augmentation actors each; metrics at {url}")
         if not cluster.local and cluster.cpus < cpus:
@@ -105,7 +108,8 @@ def check(config: "TrainConfig", run_dir: Path, workers: int, say: Callable[[str
     if config.views.energy_probability > 0 and not (run_dir / "bands.json").is_file():
         say("pretrain: fitting the band statistics")
     prepared = prepare(config, run_dir)
-    _ = BatchMaker(config, 0, workers, prepared.bands).counts  # every modality has images
+    maker = BatchMaker(config, 0, workers, prepared.bands, prepared.dataset_fingerprint)
+    _ = maker.counts  # every modality has images
     return prepared
 
 

@@ -110,7 +110,7 @@ def _train(given: RankSettings) -> None:
     if device.type == "cpu":
         torch.set_num_threads(config.threads)
     stop = _watch_stop(given.control)
-    arguments = (given.config_json, rank, world, given.bands)
+    arguments = (given.config_json, rank, world, given.bands, given.dataset_fingerprint)
     with Feed(make_batches, arguments, given.feeders, config.max_steps) as feed:
         control = given.control if rank == 0 else None
         source = _Source(feed, control, config.checkpoint.every_steps, device.type == "cuda")

@@ -13,11 +13,12 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.errors import UserError
-from trainer.config import TrainConfig, check_world, load_config
+from trainer.config import TrainConfig, check_device, check_world, load_config
 
 if TYPE_CHECKING:  # imported where it is needed: a mistake in the settings is told at once
     import torch
@@ -45,13 +46,14 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
     from trainer.loop import train
     from trainer.meter import NotFiniteError
     from trainer.prepare import load_bands, prepare
-    from trainer.workers import BatchMaker, BatchWorkers
+    from trainer.workers import BatchWorkers, make_batches
 
     def show(metrics: dict[str, float]) -> None:
         print(progress_line(metrics, config.max_steps), file=sys.stderr, flush=True)
 
     try:
         device = _device(device_name)
+        check_device(config, int(os.environ.get("WORLD_SIZE", "1")), device.type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with stop_flag() as stop, process_group(device) as (rank, world):
@@ -62,9 +64,17 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
             dataset = from_rank_zero(fingerprint, rank=rank, world=world, device=device)["dataset"]
             bands = load_bands(config, run_dir)
             feed = (
-                BatchWorkers(config, rank, world, bands, workers=workers, stop=config.max_steps)
+                BatchWorkers(
+                    config,
+                    rank,
+                    world,
+                    bands,
+                    workers=workers,
+                    stop=config.max_steps,
+                    factory=partial(make_batches, fingerprint=dataset),
+                )
                 if workers
-                else nullcontext(BatchMaker(config, rank, world, bands))
+                else nullcontext(make_batches(config, rank, world, bands, dataset))
             )
             with feed as next_batch:
                 result = train(

@@ -17,8 +17,12 @@ from numpy.typing import NDArray
 
 from shards import catalog
 from shards.codec import MAXIMUM_REDUCE, Codec, get_codec
+from shards.commit import committed_units
+from shards.dataset import read_info
 from shards.errors import UserError
+from shards.ids import digest
 from shards.order import sample_at
+from shards.store import Store
 from shards.tar import ShardReader
 from trainer.augment import crops, views
 from trainer.augment.bands import BandStatistics, Pyramid, fit_statistics
@@ -80,14 +84,22 @@ class BatchMaker:
     bands: {modality: BandStatistics}, needed unless views.energy_probability is 0. data.cache_bytes of
     decoded images with their bands are kept: the first ones that come, none is ever evicted, because under
     a fresh permutation each pass that hits more often than dropping the least recently used.
-    Raises UserError: a world size that cannot be served, no samples of a modality, missing statistics.
+    fingerprint: of the dataset that the run began with. A worker that starts later must not make other
+    batches from what was added since.
+    Raises UserError: a world size that cannot be served, no samples of a modality, missing statistics,
+    another fingerprint.
     """
 
     def __init__(
-        self, config: TrainConfig, rank: int, world: int, bands: Mapping[str, BandStatistics] | None
+        self,
+        config: TrainConfig,
+        rank: int,
+        world: int,
+        bands: Mapping[str, BandStatistics] | None,
+        fingerprint: str | None = None,
     ) -> None:
         check_world(config, world)
-        self._config, self._rank, self._world = config, rank, world
+        self._config, self._rank, self._world, self._fingerprint = config, rank, world, fingerprint
         self._bands = _checked_bands(config, bands)
         self._opened: dict[str, Modality] | None = None
         self._reader: ShardReader | None = None
@@ -126,7 +138,10 @@ class BatchMaker:
         if self._opened is None:
             cv2.setNumThreads(1)  # a batch is made by one thread; the cores belong to other workers
             data = self._config.data
-            self._opened = {m: open_modality(data, m) for m in data.modalities}
+            opened = {m: open_modality(data, m) for m in data.modalities}
+            if self._fingerprint is not None:  # after the rows are read: a dataset only ever grows
+                _check_fingerprint(data.dataset, self._fingerprint)
+            self._opened = opened
             self._reader = ShardReader(data.dataset)
         return self._opened
 
@@ -177,6 +192,13 @@ def open_modality(data: DataConfig, name: str) -> Modality:
             f"set data.modalities or data.split to what it holds"
         )
     return modality
+
+
+def dataset_fingerprint(root: str) -> str:
+    """Changes when units are added to a dataset or another dataset takes its place. Raises UserError."""
+    store = Store(root)
+    info = read_info(store)
+    return digest(info.fingerprint, info.key_id, *sorted(committed_units(store)))
 
 
 def fit_bands(config: TrainConfig, limit: int = REFERENCE_IMAGES) -> dict[str, BandStatistics]:
@@ -280,6 +302,14 @@ def _size_range(config: TrainConfig, modality: str) -> Range:
 def _number(key: str) -> int:
     """64 bits of a sample key: the sample's own random numbers, whatever else the dataset holds."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def _check_fingerprint(root: str, expected: str) -> None:
+    if dataset_fingerprint(root) != expected:
+        raise UserError(
+            "the dataset changed while the run goes on (units were added or removed), which would change its "
+            "batches: ingest into another folder, or start another run folder to train on the data there are"
+        )
 
 
 def _checked_bands(

@@ -238,6 +238,15 @@ def check_world(config: TrainConfig, world_size: int) -> None:
         )
 
 
+def check_device(config: TrainConfig, world_size: int, device: str) -> None:
+    """Refuse settings that the device ("cpu", "cuda") cannot serve. Raises UserError."""
+    if config.model.sync_batchnorm and world_size > 1 and device == "cpu":
+        raise UserError(
+            "model.sync_batchnorm=true needs GPUs, and these ranks are on the CPU: set it to false, "
+            "or use one rank"
+        )
+
+
 def _preset_folder() -> Any:
     return resources.files("trainer") / "presets"
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainer import checkpoint, journal
-from trainer.config import TrainConfig, check_world
+from trainer.config import TrainConfig, check_device, check_world
 from trainer.distributed import from_rank_zero
 from trainer.export import encoder_info, save_encoder
 from trainer.meter import Meter, OnMetrics, not_finite
@@ -91,6 +91,7 @@ def train(
     another run, NotFiniteError.
     """
     check_world(config, world)
+    check_device(config, world, torch.device(device).type)
     run = Run(config, Path(run_dir), dataset_fingerprint, rank, world, torch.device(device))
     with fixed_compute(run):
         state = build_state(run)

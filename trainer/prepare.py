@@ -4,12 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.commit import committed_units
-from shards.dataset import read_info
 from shards.errors import UserError
-from shards.ids import digest
-from shards.store import Store
 from trainer.augment.bands import BandStatistics, load_statistics, save_statistics
+from trainer.batches import dataset_fingerprint as dataset_fingerprint
 from trainer.batches import fit_bands
 from trainer.config import TrainConfig
 from trainer.files import disk_full_is_clear, new_attempt
@@ -49,13 +46,6 @@ def load_bands(config: TrainConfig, run_dir: Path) -> Bands | None:
     if config.views.energy_probability == 0:
         return None
     return load_statistics(config.views.band_statistics or run_dir / "bands.json")
-
-
-def dataset_fingerprint(root: str) -> str:
-    """Changes when units are added to a dataset or another dataset takes its place. Raises UserError."""
-    store = Store(root)
-    info = read_info(store)
-    return digest(info.fingerprint, info.key_id, *sorted(committed_units(store)))
 
 
 def _needs_fit(config: TrainConfig) -> bool:

@@ -32,9 +32,13 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def make_batches(
-    config: TrainConfig, rank: int, world: int, bands: Mapping[str, BandStatistics] | None
+    config: TrainConfig,
+    rank: int,
+    world: int,
+    bands: Mapping[str, BandStatistics] | None,
+    fingerprint: str | None = None,
 ) -> MakeBatch:
-    return BatchMaker(config, rank, world, bands)
+    return BatchMaker(config, rank, world, bands, fingerprint)
 
 
 class BatchWorkers:

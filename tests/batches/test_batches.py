@@ -9,11 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orchestration import feed
 from shards import catalog
+from shards.commit import commit_unit
 from shards.errors import UserError
+from shards.ids import digest
+from shards.store import Store
 from tests.batches import make
+from trainer import workers
 from trainer.augment import bands as band
-from trainer.batches import BatchMaker, eval_images, fit_bands
+from trainer.batches import BatchMaker, dataset_fingerprint, eval_images, fit_bands
 from trainer.config import IntensityConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -179,3 +184,20 @@ def test_probes_see_whole_images_with_their_aspect(root):
 def test_configuration_survives_json(root):
     config = make.config(root)
     assert type(config).model_validate(json.loads(config.model_dump_json())) == config
+
+
+def test_a_dataset_that_grew_since_the_run_began_is_refused(tmp_path, bands):
+    root = make.dataset(tmp_path / "data", tmp_path / "scratch")
+    config, began_with = make.config(root), dataset_fingerprint(root)
+    maker = BatchMaker(config, 0, 1, bands, began_with)
+    before = maker(5).keys
+    unit = digest("unit", "ct2")
+    added = [make.sample(unit, "ct", n, make.image("ct", n), "train", "htj2k") for n in range(40, 43)]
+    commit_unit(Store(root), unit, added, [], tmp_path / "scratch", 3)
+    assert maker(5).keys == before  # what is open stays as it was
+    with pytest.raises(UserError, match="the dataset changed while the run goes on"):
+        BatchMaker(config, 0, 1, bands, began_with)(5)
+    with pytest.raises(UserError, match="the dataset changed"):
+        workers.make_batches(config, 0, 1, bands, began_with)(5)
+    with pytest.raises(UserError, match="the dataset changed"):
+        feed.make_batches(config.model_dump_json(), 0, 1, bands, began_with)(5)

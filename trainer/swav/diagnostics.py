@@ -63,7 +63,8 @@ def _summary(total: Tensor, k: int, f: int) -> dict[str, Tensor]:
     views, coded = views.clamp_min(1), coded.clamp_min(1)
     use, mean, moment = use / views, mean / views, moment.view(f, f) / views
     loss = loss / samples.clamp_min(1)
-    eigenvalues = torch.linalg.eigvalsh(moment.double()).clamp_min(0)
+    # Not finite: the loss tells, the decomposition must not fail before it does.
+    eigenvalues = torch.linalg.eigvalsh(moment.double().nan_to_num(0, 0, 0)).clamp_min(0)
     spectrum = eigenvalues / eigenvalues.sum().clamp_min(1e-12)
     variance = (moment.diagonal() - mean.square()).clamp_min(0)
     return {
