@@ -141,7 +141,7 @@ class _Work:
         return samples
 
     def _sample(self, frame: Frame, entry: Entry) -> tuple[EncodedSample, Keys] | Refusal:
-        """A frame encoded, or why it is not; CRASHED (the whole file) where we cannot handle what it holds."""
+        """A frame encoded, or why it is not; CRASHED (the whole file) where our code fails on it."""
         started = time.perf_counter()
         try:
             keys = image_keys(frame, pixel_digest(frame.pixels))

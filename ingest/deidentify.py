@@ -98,7 +98,7 @@ def make_row(frame: Frame, entry: Entry, unit: str, config: IngestConfig, names:
 
 
 def _finite(value: Any) -> Any:
-    """None for a number, or a list with a number, that is infinite or NaN: JSON has none and no reader asks."""
+    """None for a number, or a list with a number, that is infinite or NaN (JSON has none)."""
     numbers = value if isinstance(value, list) else [value]
     return None if any(isinstance(n, float) and not math.isfinite(n) for n in numbers) else value
 

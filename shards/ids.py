@@ -25,7 +25,7 @@ _HOW_TO_MAKE_A_KEY = "make one with: (umask 077; openssl rand -hex 32 > KEYFILE)
 def _frame(*parts: bytes | str) -> bytes:
     """Join parts so that no two different sequences of parts give the same bytes.
 
-    Lone surrogates (file names that are no UTF-8, a PatientID of an odd character set) keep their three bytes.
+    Lone surrogates (file names that are no UTF-8, a PatientID of an odd character set) keep 3 bytes each.
     """
     encoded = [p.encode("utf-8", "surrogatepass") if isinstance(p, str) else p for p in parts]
     return b"".join(len(p).to_bytes(8, "big") + p for p in encoded)

@@ -14,13 +14,16 @@ from ingest.frames import Refused
 from ingest.values import AIR_HU, HIGHEST_HU
 from shards.schema import Reason
 
+_HOUNSFIELD_TYPES = frozenset({"", "HU", "HU_MOD", "US"})
+
 
 @dataclass(frozen=True)
 class Values:
-    """How stored values become units: value * slope + intercept (PS3.3 C.11.1)."""
+    """How stored values become units: value * slope + intercept (PS3.3 C.11.1); type: of the units, or ""."""
 
     slope: float | None
     intercept: float | None
+    type: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,10 @@ def read_frame(dataset: Dataset, syntax: str, index: int, frames: int, code: str
     """Decode frame `index` and bring it to its stored form.
 
     CT: int16 Hounsfield units, never windowed. All others: stored values, larger = brighter.
-    Raises Refused(BAD_PIXEL_DESCRIPTION) and whatever the codecs raise.
+    Raises Refused (DERIVED and BAD_PIXEL_DESCRIPTION: see check_hounsfield) and whatever the codecs raise.
     """
+    if code == "CT":
+        check_hounsfield(dataset, values)
     raw, photometric = decode_raw(dataset, syntax, index, frames)
     bits = header.integer(dataset, "BitsStored") or int(dataset.BitsAllocated)
     signed = bool(header.integer(dataset, "PixelRepresentation"))
@@ -46,16 +51,18 @@ def read_frame(dataset: Dataset, syntax: str, index: int, frames: int, code: str
     shift = 0 if high is None else max(0, high + 1 - bits)
     if raw.shape[:2] != (int(dataset.Rows), int(dataset.Columns)):
         raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
+    padding = None
     if raw.ndim == 2:
-        raw = mask_bits(raw, bits, signed, shift)
+        words, raw = raw, mask_bits(raw, bits, signed, shift)
+        padding = padding_mask(words, raw, dataset, signed) if code == "CT" else None
     gray, was_color = to_gray(raw, photometric, dataset)
     if was_color:
         bits, signed = 8 * gray.dtype.itemsize, False
-    if "ModalityLUTSequence" in dataset and not was_color:
+    if has_modality_lut(dataset) and not was_color:
         gray, bits, signed = _modality_lut(gray, dataset)
         values = Values(None, None)
     if code == "CT":
-        return Stored(to_hounsfield(gray, values, padding_mask(gray, dataset, signed)), 16, False, False)
+        return Stored(to_hounsfield(gray, values, padding), 16, False, False)
     inverted = photometric == "MONOCHROME1" or _inverse_lut(dataset)
     if inverted:
         gray = invert(gray, bits, signed)
@@ -106,15 +113,36 @@ def palette_luma(indices: NDArray, dataset: Dataset) -> NDArray:
     return luma.astype(np.uint8)[np.clip(indices - start, 0, entries - 1)]
 
 
-def padding_mask(gray: NDArray, dataset: Dataset, signed: bool) -> NDArray | None:
-    """Where pixels are PixelPaddingValue, or between it and PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2)."""
+def check_hounsfield(dataset: Dataset, values: Values) -> None:
+    """Raise Refused for a CT image whose values are not HU; decided before it is decoded.
+
+    DERIVED: a RescaleType or ModalityLUTType (PS3.3 C.11.1.1.2) that names another unit (MGML, Z_EFF, ED).
+    None, and US (unspecified), mean HU in CT. BAD_PIXEL_DESCRIPTION: neither slope, intercept nor Modality
+    LUT and unsigned pixels, whose zero may lie anywhere. Signed ones are taken as HU themselves.
+    """
+    luts = header.items(dataset, "ModalityLUTSequence")
+    unit = header.text(luts[0], "ModalityLUTType").upper() if luts else values.type
+    if unit not in _HOUNSFIELD_TYPES:
+        raise Refused(Reason.DERIVED)
+    mapped = luts or values.slope is not None or values.intercept is not None
+    if not mapped and not header.integer(dataset, "PixelRepresentation"):
+        raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
+
+
+def padding_mask(words: NDArray, gray: NDArray, dataset: Dataset, signed: bool) -> NDArray | None:
+    """Where pixels are PixelPaddingValue, or between it and PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2).
+
+    words: as decoded; gray: of their BitsStored bits. Padding may use bits beyond those (63536 of 12 bits),
+    and overlay bits may lie beside it: either match counts.
+    """
     value = header.integer(dataset, "PixelPaddingValue")
     if value is None:
         return None
     limit = header.integer(dataset, "PixelPaddingRangeLimit")
     # The element is often written with the other signedness: compare as the pixels are.
     ends = sorted(_as_stored(v, signed) for v in (value, value if limit is None else limit))
-    return (gray >= ends[0]) & (gray <= ends[1])
+    whole = mask_bits(words, 16, signed)
+    return ((gray >= ends[0]) & (gray <= ends[1])) | ((whole >= ends[0]) & (whole <= ends[1]))
 
 
 def to_hounsfield(gray: NDArray, values: Values, padding: NDArray | None) -> NDArray:
@@ -164,6 +192,11 @@ def _modality_lut(gray: NDArray, dataset: Dataset) -> tuple[NDArray, int, bool]:
     if bits > 16 or table.min() < 0:
         raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
     return table[np.clip(gray - start, 0, entries - 1)], bits, False
+
+
+def has_modality_lut(dataset: Dataset) -> bool:
+    """Whether there is a Modality LUT; an empty sequence is none."""
+    return bool(header.items(dataset, "ModalityLUTSequence"))
 
 
 def _inverse_lut(dataset: Dataset) -> bool:

@@ -11,7 +11,7 @@ from ingest.config import ReadRules
 from ingest.dicom import header
 from ingest.dicom.admit import Admitted, admit
 from ingest.dicom.geometry import frame_geometry, group_item, is_enhanced, ultrasound_region
-from ingest.dicom.pixels import Stored, Values, mirrored, read_frame
+from ingest.dicom.pixels import Stored, Values, has_modality_lut, mirrored, read_frame
 from ingest.dicom.syntaxes import LOSSY, is_truncated
 from ingest.frames import Frame, Item, Refusal, Refused
 from ingest.values import check_pixels, limited, spread
@@ -75,7 +75,7 @@ def _source_columns(source: _Source, stored: Stored, values: Values) -> Row:
     dataset = source.dataset
     photometric = header.text(dataset, "PhotometricInterpretation").upper()
     declared_lossy = header.text(dataset, "LossyImageCompression") == "01"
-    has_lut = "ModalityLUTSequence" in dataset
+    has_lut = has_modality_lut(dataset)
     return {
         "original_rows": source.facts.rows,
         "original_columns": source.facts.columns,
@@ -106,7 +106,8 @@ def _values(dataset: Dataset, index: int) -> Values:
     holder = group_item(dataset, index, "PixelValueTransformationSequence") or dataset
     slope = header.number(holder, "RescaleSlope")
     # A slope of 0 would make every image blank: writers mean "none".
-    return Values(slope or None, header.number(holder, "RescaleIntercept"))
+    unit = header.text(holder, "RescaleType").upper()
+    return Values(slope or None, header.number(holder, "RescaleIntercept"), unit)
 
 
 def _window(dataset: Dataset, index: int, code: str, stored: Stored, values: Values) -> Row:
@@ -115,7 +116,7 @@ def _window(dataset: Dataset, index: int, code: str, stored: Stored, values: Val
     center, width = header.number(holder, "WindowCenter"), header.number(holder, "WindowWidth")
     if center is None or width is None or width <= 0 or stored.was_color:
         return {}
-    if code != "CT" and "ModalityLUTSequence" not in dataset:
+    if code != "CT" and not has_modality_lut(dataset):
         slope = values.slope or 1.0
         center, width = (center - (values.intercept or 0.0)) / slope, abs(width / slope)
     if stored.inverted:

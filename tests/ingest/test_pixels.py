@@ -8,7 +8,9 @@ from pydicom.pixels import apply_color_lut
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit
 
+from ingest.frames import Frame, Refusal
 from ingest.synthetic.syntaxes import COLOR, GREY, encode
+from shards.schema import Reason
 from tests.ingest.files import grey, one, read, write
 
 
@@ -288,3 +290,50 @@ def test_every_encoder_of_this_test_is_really_used():
         len({bytes(encode(grey("uint8", 8), 8, s)) for s in GREY if s.is_compressed and s.is_encapsulated})
         == 4
     )
+
+
+def test_padding_beyond_the_stored_bits_is_air(tmp_path):
+    raw = grey("uint16", 12)
+    words = raw.copy()
+    words[:8] = 63536  # -2000 in 16 bits, on an image of 12
+    path = write(tmp_path / "f", words, "CT", 12, RescaleSlope=1, RescaleIntercept=-1024)
+    data = pydicom.dcmread(path)
+    data.add_new("PixelPaddingValue", "US", 63536)
+    data.save_as(path)
+    pixels = one(path).pixels
+    assert (pixels[:8] == -1024).all() and np.array_equal(pixels[8:], raw[8:].astype(int) - 1024)
+
+
+def test_overlay_bits_beside_the_padding_do_not_hide_it(tmp_path):
+    raw = grey("uint16", 12) | 1
+    raw[3, 3] = 0x8000
+    path = write(tmp_path / "f", raw, "CT", 12, RescaleSlope=1, RescaleIntercept=500, PixelPaddingValue=0)
+    assert one(path).pixels[3, 3] == -1024
+
+
+@pytest.mark.parametrize("unit", ["MGML", "Z_EFF", "ED", "PCT"])
+def test_ct_in_other_units_than_hounsfield_is_refused(tmp_path, unit):
+    path = write(tmp_path / "f", None, "CT", RescaleSlope="0.01", RescaleIntercept=0, RescaleType=unit)
+    assert one(path) == Refusal(Reason.DERIVED, -1, "ct")
+
+
+@pytest.mark.parametrize("unit", ["HU", "HU_MOD", "US", "", None])
+def test_ct_in_hounsfield_or_unnamed_units_is_taken(tmp_path, unit):
+    more = {} if unit is None else {"RescaleType": unit}
+    frame = one(write(tmp_path / "f", None, "CT", RescaleSlope=1, RescaleIntercept=-1024, **more))
+    assert np.array_equal(frame.pixels, grey().astype(int) - 1024)
+
+
+def test_ct_without_a_rescale_is_hounsfield_only_where_its_pixels_are_signed(tmp_path):
+    signed = grey("int16", 12)
+    frame = one(write(tmp_path / "s", signed, "CT"))
+    assert np.array_equal(frame.pixels, np.clip(signed, -1024, None))
+    assert one(write(tmp_path / "u", None, "CT")) == Refusal(Reason.BAD_PIXEL_DESCRIPTION, -1, "ct")
+
+
+def test_an_empty_modality_lut_is_none(tmp_path):
+    empty = {name: Sequence([]) for name in ("ModalityLUTSequence", "VOILUTSequence", "FrameVOILUTSequence")}
+    window = {"RescaleSlope": 2, "RescaleIntercept": 10, "WindowCenter": 110, "WindowWidth": 40}
+    frame = one(write(tmp_path / "f", grey(), "CR", **window, **empty))
+    assert isinstance(frame, Frame) and np.array_equal(frame.pixels, grey())
+    assert (frame.columns["rescale_slope"], frame.columns["window_center"]) == (2, 50)
