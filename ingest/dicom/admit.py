@@ -6,6 +6,7 @@ from pydicom.dataset import Dataset
 
 from ingest.config import ReadRules
 from ingest.dicom import header
+from ingest.dicom.geometry import ultrasound_region
 from ingest.dicom.syntaxes import SUPPORTED
 from ingest.frames import Refused
 from shards.schema import Reason
@@ -105,7 +106,7 @@ def admit(dataset: Dataset, syntax: str, rules: ReadRules) -> Admitted:
     if min(rows, columns) < rules.min_side:
         raise Refused(Reason.TOO_SMALL, partition)
     sop_class = _sop_class(dataset)
-    if not rules.allow_burned_in and _burned_in_risk(dataset, sop_class, code):
+    if not rules.allow_burned_in and _burned_in_risk(dataset, sop_class, code, (rows, columns)):
         raise Refused(Reason.BURNED_IN_RISK, partition)
     known = sop_class if sop_class in IMAGE_CLASSES | CAPTURE_CLASSES else None
     return Admitted(partition, code, known, rows, columns, frames, samples)
@@ -144,10 +145,15 @@ def _declared(dataset: Dataset, partition: str) -> tuple[int, int, int, int]:
     return rows, columns, frames or 1, samples
 
 
-def _burned_in_risk(dataset: Dataset, sop_class: str, code: str) -> bool:
-    """High risk of text in the pixels (PS3.15 E.3.1): captures, ultrasound without regions, or declared."""
-    has_regions = code == "US" and bool(header.items(dataset, "SequenceOfUltrasoundRegions"))
-    if has_regions:
-        return False  # the crop to the region leaves the text outside
-    declared = header.text(dataset, "BurnedInAnnotation").upper()
-    return sop_class in CAPTURE_CLASSES or code == "US" or declared == "YES"
+def _burned_in_risk(dataset: Dataset, sop_class: str, code: str, size: tuple[int, int]) -> bool:
+    """High risk of text in the pixels (PS3.15 E.3.1): captures, ultrasound without regions, or declared.
+
+    A capture may show anything anywhere: no region speaks for it. Else the crop of an ultrasound frame leaves
+    its text outside, declared or not, if there is a crop.
+    """
+    if sop_class in CAPTURE_CLASSES:
+        return True
+    if code == "US":
+        region = ultrasound_region(dataset, *size)
+        return region is None or not region.crops(*size)
+    return header.text(dataset, "BurnedInAnnotation").upper() == "YES"

@@ -9,6 +9,7 @@ from shards.schema import Row
 
 _CENTIMETRES = 3  # PhysicalUnitsXDirection, PS3.3 C.8.5.5.1.15
 _TISSUE = 1  # RegionSpatialFormat: 2D
+_NEARLY_ALL = 0.95  # of the pixels: a line of text on an ultrasound screen takes about the rest
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,15 @@ class Region:
     right: int
     spacing_row_mm: float | None
     spacing_column_mm: float | None
+
+    @property
+    def area(self) -> int:
+        """Pixels."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    def crops(self, rows: int, columns: int) -> bool:
+        """Whether it leaves room for text outside: not where it covers (nearly) all of the frame."""
+        return self.area < _NEARLY_ALL * rows * columns
 
 
 def group_item(dataset: Dataset, index: int, sequence: str) -> Dataset | None:
@@ -58,7 +68,10 @@ def frame_geometry(dataset: Dataset, index: int) -> Row:
 
 
 def ultrasound_region(dataset: Dataset, rows: int, columns: int) -> Region | None:
-    """The largest 2D tissue region, else the largest of any kind (PS3.3 C.8.5.5); None without one."""
+    """The largest 2D tissue region, else the largest of any kind (PS3.3 C.8.5.5); None without one.
+
+    One that crops the frame goes before one that does not.
+    """
     regions = []
     for item in header.items(dataset, "SequenceOfUltrasoundRegions"):
         ends = [header.integer(item, f"RegionLocation{end}") for end in ("MinY0", "MinX0", "MaxY1", "MaxX1")]
@@ -71,7 +84,7 @@ def ultrasound_region(dataset: Dataset, rows: int, columns: int) -> Region | Non
             regions.append((tissue, Region(*box, _delta(item, "Y"), _delta(item, "X"))))
     if not regions:
         return None
-    return max(regions, key=lambda r: (r[0], (r[1].bottom - r[1].top) * (r[1].right - r[1].left)))[1]
+    return max(regions, key=lambda r: (r[1].crops(rows, columns), r[0], r[1].area))[1]
 
 
 def _delta(item: Dataset, axis: str) -> float | None:

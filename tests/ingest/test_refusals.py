@@ -169,3 +169,51 @@ def test_an_icon_in_a_sequence_is_not_taken_for_the_image(tmp_path):
     icon.PixelData = bytes(4096)
     path = write(tmp_path / "f", PixelData=None, IconImageSequence=Sequence([icon]))
     assert refused(path) == Reason.NO_PIXEL_DATA
+
+
+def _whole(left=0, top=0, right=39, bottom=47):
+    region = Dataset()
+    region.RegionSpatialFormat = 1
+    region.RegionLocationMinX0, region.RegionLocationMinY0 = left, top
+    region.RegionLocationMaxX1, region.RegionLocationMaxY1 = right, bottom
+    return Sequence([region])
+
+
+@pytest.mark.parametrize("declared", ["YES", "NO", None])
+@pytest.mark.parametrize("margin", [0, 1])
+def test_a_region_that_is_the_whole_frame_is_no_crop(tmp_path, declared, margin):
+    regions = _whole(0, margin)
+    more = {"BurnedInAnnotation": declared} if declared else {}
+    path = write(tmp_path / "f", grey("uint8", 8), "US", 8, SequenceOfUltrasoundRegions=regions, **more)
+    assert refused(path) == Reason.BURNED_IN_RISK
+    allowed = one(path, allow_burned_in=True)
+    assert isinstance(allowed, Frame) and allowed.pixels.shape == (48 - margin, 40)
+
+
+def test_declared_text_is_left_outside_by_a_real_crop(tmp_path):
+    path = write(
+        tmp_path / "f",
+        grey("uint8", 8),
+        "US",
+        8,
+        SequenceOfUltrasoundRegions=_whole(2, 8),
+        BurnedInAnnotation="YES",
+    )
+    frame = one(path)
+    assert isinstance(frame, Frame) and frame.pixels.shape == (40, 38)
+
+
+def test_no_region_speaks_for_a_capture(tmp_path):
+    regions = _whole(2, 8)
+    path = write(
+        tmp_path / "f", grey("uint8", 8), "US", 8, sop_class="SC", SequenceOfUltrasoundRegions=regions
+    )
+    assert refused(path) == Reason.BURNED_IN_RISK
+
+
+@pytest.mark.parametrize("modality", ["MR", "CR"])
+def test_a_region_speaks_for_ultrasound_only(tmp_path, modality):
+    path = write(
+        tmp_path / "f", modality=modality, SequenceOfUltrasoundRegions=_whole(2, 8), BurnedInAnnotation="YES"
+    )
+    assert refused(path) == Reason.BURNED_IN_RISK
