@@ -21,6 +21,7 @@ from shards.schema import Reason, Row
 _PLAIN_INTENTS = frozenset({1001, 1011, 2001})  # estimate, dimensionless, time series; below 1001: statistics
 _FIRST_SPECIAL_INTENT = 1001  # label, vector, matrix, mesh, RGB ...
 _MOST_LABELS = 16  # an image of an organ has more grey levels than this; a mask or a coarse atlas has not
+_MILLIMETRES = {1: 1e3, 3: 1e-3}  # of xyzt_units: metre, micron; else (2: mm, 0: unknown) mm are meant
 _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -126,16 +127,18 @@ def _checked_shape(header: Nifti1Header, rules: ReadRules) -> tuple[tuple[int, i
 
 
 def _canonical(header: Nifti1Header, data: NDArray) -> _Volume:
-    """Axes permuted and flipped to right, anterior, superior; nothing is resampled."""
+    """Axes permuted and flipped to right, anterior, superior, lengths in mm; nothing is resampled."""
     slope, intercept = _slope(header)
     # The slice axis: as the header says, else the third one stored.
     declared = header.get_dim_info()[2]
     stored_axis = 2 if declared is None else int(declared)
+    millimetres = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
     affine = header.get_best_affine()
+    affine[:3] *= millimetres
     orientation = io_orientation(affine) if np.isfinite(affine).all() else np.array([[np.nan, np.nan]])
     oriented = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
     if not oriented or np.isnan(orientation).any():
-        zooms = [float(z) for z in header.get_zooms()[:3]]
+        zooms = [millimetres * float(z) for z in header.get_zooms()[:3]]
         return _Volume(data, None, slope, intercept, (*zooms, *[0.0] * (3 - len(zooms))), stored_axis)
     turned = affine @ inv_ornt_aff(orientation, data.shape[:3])
     spacing = np.linalg.norm(turned[:3, :3], axis=0)

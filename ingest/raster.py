@@ -4,17 +4,19 @@ import cv2
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from ingest.config import ReadRules
 from ingest.frames import Frame, Refused
 from ingest.values import check_pixels, limited
 from shards.schema import Reason, Row
 
+_PHOTOMETRIC = 262  # the TIFF tag
+
 
 def read_raster(path: str, modality: str, rules: ReadRules) -> Frame:
     """The one image of a file (of several pages the first). Raises Refused."""
-    _check_size(path, modality, rules)
+    white_is_zero = _check_header(path, modality, rules)
     with open(path, "rb") as file:
         data = file.read()
     try:
@@ -29,11 +31,13 @@ def read_raster(path: str, modality: str, rules: ReadRules) -> Frame:
     if pixels is None:
         raise Refused(Reason.DECODE_FAILED, modality)
     gray, was_color = _gray(pixels, "RGB" if data[:2] in (b"II", b"MM") else "BGR", modality)
+    if white_is_zero:
+        gray = np.iinfo(gray.dtype).max - gray
     columns: Row = {
         "original_rows": gray.shape[0],
         "original_columns": gray.shape[1],
         "bits_stored": 8 * gray.dtype.itemsize,
-        "inverted": False,
+        "inverted": white_is_zero,
         "was_color": was_color,
         "lossy_source": data[:3] == b"\xff\xd8\xff",
     }
@@ -46,17 +50,23 @@ def read_raster(path: str, modality: str, rules: ReadRules) -> Frame:
     return Frame(0, modality, gray, columns)
 
 
-def _check_size(path: str, modality: str, rules: ReadRules) -> None:
-    """Hold the declared size to the limit before anything is decoded."""
+def _check_header(path: str, modality: str, rules: ReadRules) -> bool:
+    """Hold the declared size to the limit before anything is decoded; whether a TIFF has WhiteIsZero.
+
+    Decoders leave WhiteIsZero (TIFF 6.0, PhotometricInterpretation 0) as it is: the user turns it.
+    """
     try:
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
             width, height = image.size
+            tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+            white_is_zero = tags.get(_PHOTOMETRIC) == 0
     except Image.DecompressionBombError:
         raise Refused(Reason.TOO_LARGE, modality) from None
     except Exception:  # noqa: BLE001 - as above
         raise Refused(Reason.UNREADABLE, modality) from None
     if width * height > rules.max_frame_pixels:
         raise Refused(Reason.TOO_LARGE, modality)
+    return white_is_zero
 
 
 def _gray(pixels: NDArray, order: str, modality: str) -> tuple[NDArray, bool]:

@@ -187,3 +187,21 @@ def test_a_range_beyond_all_numbers_is_refused(tmp_path):
     data = np.random.default_rng(0).normal(0, 1, SHAPE)
     data[0, 0, 0], data[1, 0, 0] = 1.7e308, -1.7e308
     assert one(save(tmp_path / "v.nii", data), "nifti", "mr").reason == Reason.BAD_PIXEL_DESCRIPTION
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("meter", 1e3), ("mm", 1), ("micron", 1e-3), ("unknown", 1)])
+@pytest.mark.parametrize("oriented", [True, False])
+def test_lengths_are_in_millimetres_whatever_the_unit_of_the_file(tmp_path, unit, factor, oriented):
+    image = nibabel.Nifti1Image(volume(), AFFINE)
+    image.header.set_xyzt_units(unit, "sec")
+    nibabel.save(image, tmp_path / "v.nii")
+    if not oriented:
+        raw = bytearray((tmp_path / "v.nii").read_bytes())
+        struct.pack_into("<hh", raw, 252, 0, 0)
+        (tmp_path / "v.nii").write_bytes(raw)
+    columns = frames(tmp_path / "v.nii")[2].columns
+    assert columns["spacing_row_mm"] == pytest.approx(0.9 * factor)
+    assert columns["slice_thickness_mm"] == pytest.approx(3.0 * factor)
+    if oriented:
+        assert columns["position_mm"][2] == pytest.approx(11 * factor)
+        assert columns["orientation"] == pytest.approx([1, 0, 0, 0, 1, 0])
