@@ -11,6 +11,7 @@ from ingest.dicom.admit import admit_class
 from ingest.dicom.header import open_dataset, quiet, text
 from ingest.dicom.syntaxes import check_decoders
 from ingest.frames import Refused
+from ingest.places import not_inputs
 from ingest.sniff import read_head, sniff
 from ingest.tables import DISCOVERED_NAME, Listing, listings
 from shards.errors import UserError
@@ -94,8 +95,8 @@ def unchanged(entry: Entry) -> bool:
 
 def _walk(config: IngestConfig) -> Iterator[tuple[str, str]]:
     """(absolute path, path relative to its source) of every file, each once, in a fixed order."""
-    output = os.path.realpath(config.output)
-    seen: set[str] = set()
+    output = os.path.realpath(config.output) if config.output else ""  # `ingest plan` has none
+    seen = set(not_inputs(config))
     for source in config.sources:
         root = os.path.abspath(source)  # noqa: PTH100 - Path.resolve would follow links
         if not Path(root).exists():

@@ -43,21 +43,21 @@ Dataset = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset folder.")]
 
 def build_config(
     sources: list[Path],
-    output: Path,
+    output: Path | None,
     key: Path | None = None,
     site: str | None = None,
     config_file: Path | None = None,
     overrides: list[str] | None = None,
     tables: list[Path] | None = None,
 ) -> "IngestConfig":
-    """Options over the YAML file over the defaults. Raises UserError."""
+    """Options over the YAML file over the defaults; output None: of a plan. Raises UserError."""
     from ingest.config import load_config
 
     settings = _read(config_file) if config_file is not None else {}
     for item in overrides or []:
         _apply(settings, item)
     settings["sources"] = [str(path.absolute()) for path in sources]
-    settings["output"] = str(output.absolute())
+    settings["output"] = "" if output is None else str(output.absolute())
     if key is not None:
         settings["key_file"] = str(key)
     if site is not None:
@@ -107,7 +107,7 @@ def plan(
     """What a run would do: counts, refusals by reason, bytes, core-seconds. Writes nothing."""
     from orchestration.ingest_report import plan_report
 
-    config = build_config(sources, Path("dataset"), None, None, config_file, set_, table)
+    config = build_config(sources, None, None, None, config_file, set_, table)
     typer.echo(plan_report(config, as_json))
 
 

@@ -116,6 +116,7 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     """Key, dataset.json, inventory, plan; the plan is written before any work. Raises UserError."""
     from ingest.convert import dataset_info
     from ingest.discover import inventory
+    from ingest.places import check_output
     from ingest.plan import make_units, plan_of
     from shards import dataset
     from shards.commit import committed_units
@@ -123,6 +124,7 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     from shards.plan import read_plans, write_plan
     from shards.store import Store
 
+    check_output(config)
     store = Store(config.output)
     new_key = keys.must_be_made(config.key_file, config.output)
     if not new_key:

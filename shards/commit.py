@@ -27,12 +27,23 @@ from shards.codec import get_codec
 from shards.dataset import to_json
 from shards.ids import digest
 from shards.schema import FORMAT_VERSION, LOCATION_COLUMNS, QUARANTINE_SCHEMA, Row, catalog_schema, check_row
-from shards.store import Store, clear_errors, file_sha256, write_all
+from shards.store import TEMPORARY_PREFIX, Store, clear_errors, file_sha256, write_all
 from shards.tar import ShardWriter, list_members
 
 _UNIT_NAME = re.compile(r"[A-Za-z0-9-]{1,100}")
 _MODALITY_NAME = re.compile(r"[a-z0-9_]{1,32}")
 _SPOOL = "samples"
+# What the sweep may remove: our own names in our own folders, nothing else that lies in the root.
+_OURS = re.compile(
+    r"shards/([a-z0-9_]{1,32})/\1-[a-z2-7]{26}\.tar"
+    r"|catalog/([a-z0-9_]{1,32})/\2-[a-z2-7]{26}\.parquet"
+    r"|quarantine/[A-Za-z0-9-]{1,100}-[a-z2-7]{26}\.parquet"
+)
+_OUR_TEMPORARY = re.compile(
+    r"((shards|catalog)/[a-z0-9_]{1,32}/|(quarantine|commits|plans|labels)/)?"
+    + re.escape(TEMPORARY_PREFIX)
+    + r"[0-9a-f]{16}-[^/]+"
+)
 _MANAGED_FOLDERS = ("shards", "catalog", "quarantine")
 _Spooled = tuple[Row, int, int]  # row, offset in the spool, size
 
@@ -280,6 +291,23 @@ def find_commit(store: Store, unit: str) -> Commit | None:
     return _read_commit(store, unit) if store.exists(_commit_name(unit)) else None
 
 
+def release_unit(store: Store, unit: str) -> bool:
+    """Give a planned unit up by an empty commit: its inputs belong to no unit again. False: it is committed.
+
+    The same create-if-absent as a commit: of a writer of the unit and its release exactly one wins.
+    """
+    counts = {"samples": 0, "quarantined": 0, "inputs": 0}
+    empty = Commit(unit, (), (), None, counts)
+    return store.create(_commit_name(unit), to_json(dataclasses.asdict(empty))) or is_release(
+        _read_commit(store, unit)
+    )
+
+
+def is_release(commit: Commit) -> bool:
+    """Whether the unit was given up: every commit of work has at least one input."""
+    return commit.counts["inputs"] == 0
+
+
 def list_commits(store: Store) -> list[Commit]:
     """All commits, sorted by unit id. Raises ValueError where a record is damaged (see verify)."""
     return [_read_commit(store, unit) for unit in sorted(committed_units(store))]
@@ -304,10 +332,10 @@ def committed_sources(store: Store) -> set[str]:
 
 
 def orphans(store: Store) -> list[str]:
-    """Sorted names that no commit accounts for: uncommitted files and temporary files."""
+    """Sorted names of ours that no commit accounts for: uncommitted files and temporary files."""
     # Files first: what is committed while we look is then in the commits that we list afterwards.
-    present = [name for folder in _MANAGED_FOLDERS for name in store.list(folder)]
-    temporary = store.temporaries()
+    present = [n for folder in _MANAGED_FOLDERS for n in store.list(folder) if _OURS.fullmatch(n)]
+    temporary = [n for n in store.temporaries() if _OUR_TEMPORARY.fullmatch(n)]
     named = {file.path for commit in list_commits(store) for file in commit.files()}
     return sorted(set(present) - named | set(temporary))
 

@@ -12,8 +12,10 @@ from shards.commit import (
     commit_unit,
     committed_sources,
     committed_units,
+    is_release,
     list_commits,
     orphans,
+    release_unit,
     sweep,
 )
 from shards.dataset import open_or_create, read_info
@@ -85,10 +87,10 @@ def test_uncommitted_files_are_invisible_and_swept(dataset):
     before, rows = make.tree(dataset), catalog.load(dataset).num_rows
     part = next(iter((dataset / "catalog" / "ct").iterdir())).read_bytes()
     for name in (
-        "catalog/ct/ct-x.parquet",
-        "shards/ct/ct-x.tar",
-        "quarantine/x.parquet",
-        "shards/ct/.tmp-1-a",
+        f"catalog/ct/ct-{'x' * 26}.parquet",
+        f"shards/ct/ct-{'x' * 26}.tar",
+        f"quarantine/unit-{'x' * 26}.parquet",
+        f"shards/ct/.tmp-{'0' * 16}-a",
     ):
         (dataset / name).write_bytes(part)
     assert catalog.load(dataset).num_rows == rows
@@ -248,3 +250,29 @@ def test_a_scratch_folder_that_is_a_file_is_a_clear_error(tmp_path):
     (tmp_path / "scratch").write_text("a file")
     with pytest.raises(UserError, match="scratch: a part of the path is a file"):
         commit_unit(Store(tmp_path / "root"), UNIT, make.samples(UNIT), [], tmp_path / "scratch", 4)
+
+
+def test_the_sweep_removes_our_own_names_only(dataset):
+    store = Store(dataset)
+    ours = [
+        f"shards/ct/ct-{'a' * 26}.tar",
+        f"catalog/ct/ct-{'a' * 26}.parquet",
+        f"quarantine/{UNIT}-{'a' * 26}.parquet",
+        f"shards/ct/.tmp-{'0' * 16}-x.tar",
+    ]
+    theirs = ["shards/ct/ct-x.tar", "quarantine/b.dcm", "catalog/list.csv", ".tmp-mine", "my/.tmp-0-x"]
+    theirs.append(f"my/.tmp-{'0' * 16}-x")
+    for name in ours + theirs:
+        store.local(name).parent.mkdir(parents=True, exist_ok=True)
+        store.local(name).write_bytes(b"x")
+    assert sweep(store) == sorted(ours)
+    assert all(store.exists(name) for name in theirs)
+
+
+def test_a_released_unit_is_never_committed_and_a_committed_one_never_released(tmp_path):
+    store = Store(tmp_path / "root")
+    assert release_unit(store, UNIT) and release_unit(store, UNIT)
+    late = commit_unit(store, UNIT, make.samples(UNIT), [], tmp_path / "scratch", 4)
+    assert is_release(late) and late.files() == ()
+    commit_unit(store, "other", make.samples("other"), [], tmp_path / "scratch", 4)
+    assert not release_unit(store, "other")
