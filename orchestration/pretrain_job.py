@@ -72,7 +72,7 @@ def pretrain(
     say = _printer(stream)
     run_dir = run_dir.absolute()
     prepared = check(config, run_dir, workers, say)
-    if is_complete(config, run_dir, prepared.dataset_fingerprint):
+    if is_complete(config, run_dir, prepared):
         say(f"pretrain: nothing to do, the run is complete at step {config.max_steps}")
         return PretrainResult(config.max_steps, True, 0, 0.0)
     store = object_store_bytes(config, workers, DEPTH, OBJECT_STORE_BYTES)
@@ -113,7 +113,7 @@ def check(config: "TrainConfig", run_dir: Path, workers: int, say: Callable[[str
     return prepared
 
 
-def is_complete(config: "TrainConfig", run_dir: Path, dataset_fingerprint: str) -> bool:
+def is_complete(config: "TrainConfig", run_dir: Path, prepared: "Prepared") -> bool:
     """Nothing is left to do in a run folder. Raises UserError when it holds another run."""
     if not any((run_dir / "checkpoints").glob("step-*")):
         return False  # and no torch is imported
@@ -122,7 +122,7 @@ def is_complete(config: "TrainConfig", run_dir: Path, dataset_fingerprint: str) 
     found = checkpoint.newest(run_dir)
     if found is None:
         return False
-    checkpoint.check_same_run(found.state, config, dataset_fingerprint)
+    checkpoint.check_same_run(found.state, config, prepared.dataset_fingerprint, prepared.bands_digest)
     return found.step >= config.max_steps and (run_dir / "encoder.safetensors").is_file()
 
 

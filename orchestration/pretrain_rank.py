@@ -102,6 +102,7 @@ def _train(given: RankSettings) -> None:
 
     from trainer.config import TrainConfig
     from trainer.loop import train
+    from trainer.prepare import bands_digest
 
     config = TrainConfig.model_validate_json(given.config_json)
     context = ray.train.get_context()
@@ -122,6 +123,7 @@ def _train(given: RankSettings) -> None:
             world=world,
             device=device,
             dataset_fingerprint=given.dataset_fingerprint,
+            bands_digest=bands_digest(given.bands),
             on_metrics=source.report if rank == 0 else None,
             should_stop=stop.is_set,
         )

@@ -45,7 +45,7 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
     from trainer.distributed import ReportedError, from_rank_zero, process_group
     from trainer.loop import train
     from trainer.meter import NotFiniteError
-    from trainer.prepare import load_bands, prepare
+    from trainer.prepare import bands_digest, load_bands, prepare
     from trainer.workers import BatchWorkers, make_batches
 
     def show(metrics: dict[str, float]) -> None:
@@ -85,6 +85,7 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
                     world=world,
                     device=device,
                     dataset_fingerprint=dataset,
+                    bands_digest=bands_digest(bands),
                     on_metrics=show if rank == 0 else None,
                     should_stop=lambda: stop.is_set,
                 )

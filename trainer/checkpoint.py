@@ -138,13 +138,19 @@ def load(run_dir: Path, step: int) -> Checkpoint:
 
 def sweep(run_dir: Path) -> None:
     """Remove what interrupted attempts left: they never had a final name."""
-    if folder(run_dir).is_dir():
-        for path in folder(run_dir).glob("*.tmp-*"):
-            _remove(path)
+    for place in (run_dir, folder(run_dir)):
+        if place.is_dir():
+            for path in place.glob("*.tmp-*"):
+                _remove(path)
 
 
-def check_same_run(state: Mapping[str, Any], config: TrainConfig, dataset_fingerprint: str) -> None:
-    """Refuse to go on with another dataset or other settings. Raises UserError naming what differs."""
+def check_same_run(
+    state: Mapping[str, Any], config: TrainConfig, dataset_fingerprint: str, bands_digest: str | None = None
+) -> None:
+    """Refuse to go on with another dataset, other settings or other band statistics (None: not compared).
+
+    Raises UserError naming what differs.
+    """
     was, now = flat_settings(state["config"]), flat_settings(config.model_dump(mode="json"))
     names = sorted(name for name in was.keys() | now.keys() if not name.startswith(FREE_SETTINGS))
     differs = [name for name in names if was.get(name) != now.get(name)]
@@ -159,6 +165,12 @@ def check_same_run(state: Mapping[str, Any], config: TrainConfig, dataset_finger
             f"the run folder holds a run on another dataset: fingerprint was {state['dataset_fingerprint']}, "
             f"now {dataset_fingerprint} (adding data changes it too). "
             "Set data.dataset back to continue it, or choose another run folder"
+        )
+    bands = state.get("bands_digest")
+    if None not in (bands, bands_digest) and bands != bands_digest:
+        raise UserError(
+            "the band statistics are not those that the run began with: put its file back "
+            "(views.band_statistics, or RUN/bands.json), or choose another run folder"
         )
 
 
@@ -229,7 +241,8 @@ def _publish(final: Path, step: int, tensors: Mapping[str, Tensor], state: Mappi
     manifest = {"format": FORMAT_VERSION, "step": step, "files": listed}
     files.write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
     files.sync_folder(temporary)
-    if final.exists():  # it did not verify: out of the way, under a name that `sweep` removes
+    # Out of the way, under a name that `sweep` removes; a good one of another attempt stays where it is.
+    if final.exists() and problem(final) is not None:
         files.rename(final, final.with_name(f"{final.name}.tmp-broken-{files.new_attempt()}"))
     try:
         files.rename(temporary, final)

@@ -16,17 +16,22 @@ class ReportedError(UserError):
     """A mistake that rank 0 reports: the other ranks stop without another line."""
 
 
+class RankZeroError(RuntimeError):
+    """Rank 0 failed, through no setting of the user's, and raises what it met."""
+
+
 def from_rank_zero(
     decide: Callable[[], dict[str, Any]], *, rank: int, world: int, device: torch.device
 ) -> dict[str, Any]:
     """Run `decide` on rank 0 alone and give its JSON-like answer to every rank.
 
     What a parallel file system shows may differ from rank to rank for a moment, so only one of them looks. A
-    UserError of rank 0 is raised on every rank (as ReportedError on the others).
+    UserError of rank 0 is raised on every rank (as ReportedError on the others), and so is any other
+    exception (as RankZeroError): nobody waits for an answer that does not come.
     """
     if world == 1:
         return decide()
-    failure: UserError | None = None
+    failure: Exception | None = None
     payload = b""
     if rank == 0:
         try:
@@ -34,6 +39,9 @@ def from_rank_zero(
         except UserError as error:
             failure = error
             payload = json.dumps({"error": str(error)}).encode()
+        except Exception as error:  # noqa: BLE001 - raised again below, once the others know
+            failure = error
+            payload = json.dumps({"failed": type(error).__name__}).encode()
     size = torch.tensor([len(payload)], dtype=torch.int64, device=device)
     dist.broadcast(size, src=0)
     buffer = torch.zeros(int(size.item()), dtype=torch.uint8, device=device)
@@ -45,6 +53,8 @@ def from_rank_zero(
     message = json.loads(bytes(buffer.cpu().tolist()))
     if "error" in message:
         raise ReportedError(message["error"])
+    if "failed" in message:
+        raise RankZeroError(f"rank 0 failed ({message['failed']})")
     return message["answer"]
 
 

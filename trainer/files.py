@@ -46,8 +46,12 @@ def rename(source: Path, target: Path) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Atomically replace (or create) a file: readers see the old or the new bytes, never a mixture."""
     temporary = path.with_name(f"{path.name}.tmp-{new_attempt()}")
-    write_synced(temporary, data)
-    rename(temporary, path)
+    try:
+        write_synced(temporary, data)
+        rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk must not be filled further
+        raise
     sync_folder(path.parent)
 
 

@@ -31,8 +31,9 @@ def read(path: Path) -> list[dict[str, float]]:
 def truncate(path: Path, step: int) -> None:
     """Drop every line of `step` and later: they are computed again after a resume."""
     kept = [row for row in read(path) if row["step"] < step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.replace_file(path, _lines(kept).encode())
+    with files.disk_full_is_clear("writing metrics"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_file(path, _lines(kept).encode())
 
 
 def append(path: Path, rows: Iterable[Mapping[str, float]]) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from trainer import checkpoint, journal
+from trainer import attempts, checkpoint, files, journal
+from trainer.attempts import Attempt
 from trainer.config import TrainConfig, check_device, check_world
 from trainer.distributed import from_rank_zero
 from trainer.export import encoder_info, save_encoder
@@ -58,6 +59,7 @@ class Run:
     rank: int
     world: int
     device: torch.device
+    bands_digest: str | None = None
 
 
 @dataclass
@@ -78,6 +80,7 @@ def train(
     world: int = 1,
     device: torch.device | str = "cpu",
     dataset_fingerprint: str,
+    bands_digest: str | None = None,
     on_metrics: OnMetrics | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> TrainResult:
@@ -87,16 +90,18 @@ def train(
     world > 1 torch.distributed is initialised. on_metrics is called on every rank, on logged steps, with
     floats (`samples`: global images since the last call; seconds: means per step since then). When
     should_stop() is true on any rank, all ranks stop after the same step, with a checkpoint. Rank 0 writes
-    metrics.jsonl, checkpoints/ and, at the end, encoder.safetensors. Raises UserError for a run folder of
-    another run, NotFiniteError.
+    metrics.jsonl, checkpoints/ and, at the end, encoder.safetensors. bands_digest: of the band statistics
+    that the batches are made with; one run keeps to one. Raises UserError for a run folder of another run
+    and when another attempt has begun, NotFiniteError.
     """
     check_world(config, world)
     check_device(config, world, torch.device(device).type)
-    run = Run(config, Path(run_dir), dataset_fingerprint, rank, world, torch.device(device))
+    run = Run(config, Path(run_dir), dataset_fingerprint, rank, world, torch.device(device), bands_digest)
     with fixed_compute(run):
         state = build_state(run)
-        start = step = resume(run, state)
-        meter = Meter(config, run.folder, rank, world, run.device, on_metrics)
+        start, attempt = resume(run, state)
+        step = start
+        meter = Meter(config, attempt, rank, world, run.device, on_metrics)
         stopping = False
         while step < config.max_steps and not stopping:
             with meter.waiting():
@@ -111,10 +116,10 @@ def train(
             if saving or meter.is_due(step):
                 stopping = meter.settle(should_stop is not None and should_stop())
             if saving or stopping:
-                save(run, state, step)
+                save(run, state, step, attempt)
         finished = step >= config.max_steps
         was_complete = start >= config.max_steps
-        encoder = export(run, state, step, again=not was_complete) if finished else None
+        encoder = export(run, state, step, attempt, again=not was_complete) if finished else None
     return TrainResult(step, finished, start, meter.losses, was_complete=was_complete, encoder=encoder)
 
 
@@ -150,28 +155,42 @@ def in_parallel(model: nn.Module, device: torch.device) -> nn.Module:
         )
 
 
-def resume(run: Run, state: TrainState) -> int:
-    """Load the newest good checkpoint into `state`; the number of steps that are done. Rank 0 decides."""
+def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
+    """Load the newest good checkpoint into `state`; the number of steps that are done, and this attempt.
+
+    Rank 0 decides.
+    """
 
     def decide() -> dict[str, Any]:
+        step = _check_newest(run)  # a command that is refused must not stop the attempt that is at work
+        with files.disk_full_is_clear("starting the run"):
+            attempt = attempts.begin(run.folder)
         checkpoint.sweep(run.folder)
-        found = checkpoint.newest(run.folder)
-        if found is not None:
-            checkpoint.check_same_run(found.state, run.config, run.dataset_fingerprint)
-        step = 0 if found is None else found.step
+        if checkpoint.list_steps(run.folder)[-1:] != [step]:
+            step = _check_newest(run)  # again: now nobody else adds one
         if step < run.config.max_steps and (warning := few_samples_warning(run.config)):
             log.warning("%s", warning)
         journal.truncate(journal.journal_path(run.folder), step)
-        return {"step": step}
+        return {"step": step, "attempt": attempt.number}
 
-    step = int(from_rank_zero(decide, rank=run.rank, world=run.world, device=run.device)["step"])
+    answer = from_rank_zero(decide, rank=run.rank, world=run.world, device=run.device)
+    step = int(answer["step"])
     if step > 0:
         found = checkpoint.load(run.folder, step)
         restore_model(unwrap(state.model), found.part("model"))
         checkpoint.restore_optimizer(state.optimizer, found.part("optimizer"))
         if state.queue is not None:
             state.queue.load_state_dict(found.part("queue"))
-    return step
+    return step, Attempt(run.folder, int(answer["attempt"]))
+
+
+def _check_newest(run: Run) -> int:
+    """Step of the newest checkpoint that verifies, or 0. Raises UserError for another run."""
+    found = checkpoint.newest(run.folder)
+    if found is None:
+        return 0
+    checkpoint.check_same_run(found.state, run.config, run.dataset_fingerprint, run.bands_digest)
+    return found.step
 
 
 @torch.no_grad()
@@ -183,7 +202,7 @@ def restore_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
         value.copy_(saved[name])
 
 
-def save(run: Run, state: TrainState, step: int) -> None:
+def save(run: Run, state: TrainState, step: int, attempt: Attempt) -> None:
     """Rank 0 writes checkpoint `step`. Raises NotFiniteError, on every rank, before a bad weight is saved."""
     model = unwrap(state.model)
     good = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
@@ -191,6 +210,7 @@ def save(run: Run, state: TrainState, step: int) -> None:
         raise not_finite("a weight", step - 1, run.folder)
     if run.rank != 0:
         return
+    attempt.check()
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     optimizer = checkpoint.optimizer_tensors(state.optimizer)
     tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
@@ -199,17 +219,19 @@ def save(run: Run, state: TrainState, step: int) -> None:
     about = {
         "config": run.config.model_dump(mode="json"),
         "dataset_fingerprint": run.dataset_fingerprint,
+        "bands_digest": run.bands_digest,
         "world": run.world,
         "torch": torch.__version__,
     }
     checkpoint.save(run.folder, step, tensors, about, keep=run.config.checkpoint.keep)
 
 
-def export(run: Run, state: TrainState, step: int, *, again: bool) -> Path:
+def export(run: Run, state: TrainState, step: int, attempt: Attempt, *, again: bool) -> Path:
     """Rank 0 writes RUN/encoder.safetensors (`again`: even if it is there); all ranks return when it is."""
     path = run.folder / "encoder.safetensors"
 
     def write() -> dict[str, Any]:
+        attempt.check()
         if again or not path.is_file():
             info = encoder_info(run.config, step, run.dataset_fingerprint)
             save_encoder(path, unwrap(state.model).backbone, info)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trainer import checkpoint, journal
+from trainer.attempts import Attempt
 from trainer.config import TrainConfig
 from trainer.distributed import mean_and_any
 from trainer.step import is_logged
@@ -30,14 +31,15 @@ class Meter:
     def __init__(
         self,
         config: TrainConfig,
-        run_dir: Path,
+        attempt: Attempt,
         rank: int,
         world: int,
         device: torch.device,
         on_metrics: OnMetrics | None,
     ) -> None:
         self.losses: list[float] = []
-        self._config, self._run_dir, self._rank, self._world = config, run_dir, rank, world
+        self._config, self._attempt, self._rank, self._world = config, attempt, rank, world
+        self._run_dir = attempt.run_dir
         self._device, self._on_metrics = device, on_metrics
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._wait_seconds, self._since, self._steps = 0.0, time.perf_counter(), 0
@@ -77,6 +79,7 @@ class Meter:
 
     def _write(self, rows: list[dict[str, float]]) -> None:
         if self._rank == 0:
+            self._attempt.check()
             journal.append(journal.journal_path(self._run_dir), rows)
 
     def _report(self, row: dict[str, float]) -> None:

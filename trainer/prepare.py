@@ -1,10 +1,12 @@
 """What a run needs from its dataset before the first step; imports no torch."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.ids import digest
 from trainer.augment.bands import BandStatistics, load_statistics, save_statistics
 from trainer.batches import dataset_fingerprint as dataset_fingerprint
 from trainer.batches import fit_bands
@@ -18,6 +20,10 @@ Bands = Mapping[str, BandStatistics]
 class Prepared:
     dataset_fingerprint: str
     bands: Bands | None
+
+    @property
+    def bands_digest(self) -> str | None:
+        return bands_digest(self.bands)
 
 
 def prepare(config: TrainConfig, run_dir: Path) -> Prepared:
@@ -46,6 +52,14 @@ def load_bands(config: TrainConfig, run_dir: Path) -> Bands | None:
     if config.views.energy_probability == 0:
         return None
     return load_statistics(config.views.band_statistics or run_dir / "bands.json")
+
+
+def bands_digest(bands: Bands | None) -> str | None:
+    """Names the band statistics of a run; None where there are none."""
+    if bands is None:
+        return None
+    parts = [json.dumps([name, asdict(bands[name])]) for name in sorted(bands)]
+    return digest(*parts)
 
 
 def _needs_fit(config: TrainConfig) -> bool:

@@ -128,6 +128,21 @@ def test_two_attempts_at_the_same_step_leave_one_good_checkpoint(tmp_path, monke
     assert leftovers(tmp_path) == []
 
 
+def test_a_good_checkpoint_of_another_attempt_is_not_put_aside(tmp_path, monkeypatch):
+    other: list[Path] = []
+
+    def before(operation: str, path: Path) -> None:
+        if not other:
+            other.append(path)
+            save(tmp_path, 10, 1.0)  # there before the first file of this attempt
+
+    monkeypatch.setattr(files, "before", before)
+    save(tmp_path, 10, 2.0)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.part("model")["v"][0] == 1.0
+    assert leftovers(tmp_path) == []
+
+
 def test_a_full_disk_is_one_clear_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 10)
 
@@ -163,13 +178,14 @@ def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
 def test_the_refusal_names_each_setting_with_was_and_now():
     was = load_config("demo", ["data.dataset=a"])
     now = load_config(
-        "demo", ["data.dataset=b", "threads=2", "swav.prototypes=32", "optim.optimizer=larc-sgd"]
+        "demo", ["data.dataset=b", "threads=2", "swav.prototypes=7", "optim.optimizer=larc-sgd"]
     )
     state = {"config": was.model_dump(mode="json"), "dataset_fingerprint": "f"}
     with pytest.raises(UserError) as caught:
         checkpoint.check_same_run(state, now, "f")
     text = str(caught.value)
-    assert 'optim.optimizer was "adamw", now "larc-sgd"; swav.prototypes was 64, now 32' in text
+    prototypes = f"swav.prototypes was {was.swav.prototypes}, now 7"
+    assert f'optim.optimizer was "adamw", now "larc-sgd"; {prototypes}' in text
     assert "choose another run folder" in text and "\n" not in text
     assert "threads" not in text and "data.dataset" not in text
 

@@ -1,5 +1,6 @@
 """The command `python -m trainer` on a small real dataset: exit codes, signals, one line for a mistake."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from trainer.__main__ import main
 from trainer.batches import BatchMaker
 from trainer.config import TrainConfig, load_config
 from trainer.export import load_encoder
-from trainer.prepare import dataset_fingerprint, prepare
+from trainer.prepare import bands_digest, dataset_fingerprint, prepare
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,6 +141,14 @@ def test_band_statistics_are_fitted_once_a_run_and_kept(preset, tmp_path, monkey
     monkeypatch.setattr("trainer.prepare.fit_bands", never)
     assert prepare(config, tmp_path) == first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bands.json", "checkpoints"]
+
+
+def test_the_digest_of_the_band_statistics_changes_with_any_number(preset, tmp_path):
+    bands = prepare(config_of(preset), tmp_path).bands
+    assert bands is not None
+    ct = bands["ct"]
+    other = dataclasses.replace(ct, mean=(ct.mean[0] * (1 + 1e-15), *ct.mean[1:]))
+    assert bands_digest({**bands, "ct": other}) != bands_digest(bands) == bands_digest(dict(bands))
 
 
 def test_the_fingerprint_changes_with_the_data_alone(dataset, tmp_path):

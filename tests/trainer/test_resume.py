@@ -1,5 +1,6 @@
 """G11 and the promises of the loop: an interrupted run gives exactly the losses of one that was not."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,9 +13,10 @@ import torch
 from shards.errors import UserError
 from tests.dist import run_ranks
 from tests.trainer.fake import FINGERPRINT, FakeBatches, tiny
-from trainer import checkpoint, journal
+from trainer import checkpoint, files, journal
 from trainer.batches import Batch
 from trainer.config import TrainConfig
+from trainer.distributed import RankZeroError, from_rank_zero
 from trainer.loop import TrainResult, train
 from trainer.meter import NotFiniteError
 
@@ -232,3 +234,72 @@ def test_rank_zero_refuses_for_all(tmp_path):
     texts = run_ranks(_refused_rank, 2, str(tmp_path))
     assert texts[0].startswith("UserError") and texts[1].startswith("ReportedError")
     assert all("seed was 0, now 9" in text for text in texts)
+
+
+@pytest.mark.parametrize("at", [5, 11])
+def test_an_older_attempt_writes_nothing_once_a_newer_one_has_begun(tmp_path, straight, at):
+    batches = FakeBatches(tiny())
+    newer: list[TrainResult] = []
+
+    def next_batch(step: int) -> Batch:
+        if step == at and not newer:
+            newer.append(run(tmp_path))
+        return batches(step)
+
+    with pytest.raises(UserError, match="another process has continued this run .this is attempt 1."):
+        run(tmp_path, next_batch=next_batch)
+    assert newer[0].finished and newer[0].started_at == at // 3 * 3
+    assert losses(tmp_path) == losses(straight)
+    assert encoder_bytes(tmp_path) == encoder_bytes(straight)
+    assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == ["000001", "000002"]
+
+
+def test_a_refused_command_does_not_stop_the_attempt_that_is_at_work(tmp_path):
+    batches = FakeBatches(tiny())
+
+    def next_batch(step: int) -> Batch:
+        if step == 5:
+            with pytest.raises(UserError, match="other settings"):
+                run(tmp_path, tiny(seed=3))
+        return batches(step)
+
+    assert run(tmp_path, next_batch=next_batch).finished
+
+
+def test_other_band_statistics_are_refused_on_resume(tmp_path):
+    run(tmp_path, should_stop=stop_after(4), bands_digest="a")
+    with pytest.raises(UserError, match="band statistics are not those that the run began with"):
+        run(tmp_path, bands_digest="b")
+    assert run(tmp_path, bands_digest="a").started_at == 4
+
+
+def test_a_full_disk_on_resume_is_one_clear_line_and_leaves_nothing(tmp_path, straight, monkeypatch):
+    run(tmp_path, should_stop=stop_after(4))
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(operation: str, path: Path) -> None:
+        if operation == "fsync" and "metrics" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "before", full)
+        with pytest.raises(UserError, match="disk full while writing metrics"):
+            run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    (tmp_path / "metrics.jsonl.tmp-0123").touch()  # of a process that was killed
+    run(tmp_path)
+    assert not list(tmp_path.glob("*.tmp-*"))
+    assert losses(tmp_path) == losses(straight)
+
+
+def _failed_rank(rank: int, world: int) -> str:
+    def decide() -> dict[str, int]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises((OSError, RankZeroError)) as caught:
+        from_rank_zero(decide, rank=rank, world=world, device=torch.device("cpu"))
+    return type(caught.value).__name__
+
+
+def test_a_failure_of_rank_zero_reaches_every_rank():
+    assert run_ranks(_failed_rank, 2) == ["OSError", "RankZeroError"]
