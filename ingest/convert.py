@@ -63,7 +63,7 @@ def run_unit(
     """Convert and commit a unit: equal inputs, settings and key, equal bytes. Does nothing when committed.
 
     reader: by default the one of this process. Raises UserError where the output or the scratch cannot be
-    written; no input raises.
+    written, SourceChangedError where an input is not what was planned; no other input raises.
     """
     store = Store(root)
     standing = find_commit(store, unit.unit)
@@ -77,7 +77,7 @@ def run_unit(
         work.samples(),
         work.quarantine,
         scratch,
-        inputs=len(unit.entries) + len(unit.missing),
+        inputs=len(unit.entries),
     )
     seconds = time.perf_counter() - started
     result = _result(unit, commit)
@@ -97,6 +97,10 @@ def _result(unit: Unit, commit: Commit) -> UnitResult:
     )
 
 
+class SourceChangedError(Exception):
+    """An input went or changed while its unit ran: the unit stays uncommitted (see ingest.plan)."""
+
+
 class _Work:
     """The state of one unit while its samples are drawn: quarantine rows, seen images, clocks."""
 
@@ -108,10 +112,7 @@ class _Work:
         self.codec: Codec = get_codec(config.codec)
         self.seen = Seen()
         self.seconds = {"read": 0.0, "encode": 0.0}
-        self.quarantine = [
-            QuarantineRow(source, -1, "other", unit.modality, Reason.SOURCE_MISSING.value)
-            for source in unit.missing
-        ]
+        self.quarantine: list[QuarantineRow] = []
 
     def samples(self) -> Iterator[EncodedSample]:
         for entry in self.unit.entries:
@@ -125,6 +126,7 @@ class _Work:
         for item in self._timed(read_entry(entry, self.reader)):
             made = item if isinstance(item, Refusal) else self._sample(item, entry)
             if isinstance(made, Refusal):
+                _check_source(made, entry)
                 refusals.append(made)
                 if made.reason is Reason.CRASHED:
                     break
@@ -163,7 +165,7 @@ class _Work:
         return EncodedSample(row, self.codec.encode(frame.pixels))
 
     def _refuse(self, entry: Entry, refusals: list[Refusal]) -> None:
-        source = source_id(entry.relative, self.names)
+        source = source_id(entry.source, self.names)
         self.quarantine += [
             QuarantineRow(source, refusal.frame, entry.kind, refusal.modality, refusal.reason.value)
             for refusal in refusals
@@ -186,9 +188,16 @@ def _check_storable(row: Row) -> None:
     to_json(pa.RecordBatch.from_pylist([placed], catalog_schema()).to_pylist()[0])
 
 
+def _check_source(refusal: Refusal, entry: Entry) -> None:
+    gone = refusal.reason is Reason.SOURCE_MISSING and not entry.absent
+    # A mount that drops while a file is read makes it look damaged.
+    if gone or (refusal.reason is Reason.UNREADABLE and not unchanged(entry)):
+        raise SourceChangedError
+
+
 def read_entry(entry: Entry, reader: Reader) -> Iterator[Item]:
-    """Items of one input; SOURCE_MISSING where it is not what the inventory saw."""
-    if not unchanged(entry):
+    """Items of one input; SOURCE_MISSING where it is not what the inventory saw, or was not there then."""
+    if entry.absent or not unchanged(entry):
         yield Refusal(Reason.SOURCE_MISSING, modality=entry.modality)
     elif entry.listed and entry.modality == "none":
         yield Refusal(Reason.MODALITY_OUT_OF_SCOPE)

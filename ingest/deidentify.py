@@ -71,7 +71,7 @@ def make_row(frame: Frame, entry: Entry, unit: str, config: IngestConfig, names:
     patient = patient_id(entry, identifiers, names)
     row: Row = {
         "key": names.id("sample", f"{entry.identity}/{frame.index}"),
-        "source": source_id(entry.relative, names),
+        "source": source_id(entry.source, names),
         "unit": unit,
         "kind": entry.kind,
         "modality": frame.modality,
@@ -103,9 +103,9 @@ def _finite(value: Any) -> Any:
     return None if any(isinstance(n, float) and not math.isfinite(n) for n in numbers) else value
 
 
-def source_id(relative: str, names: Pseudonymizer) -> str:
-    """Pseudonym of a source path (relative to its source): the catalogue's `source`."""
-    return names.id("source", relative)
+def source_id(source: str, names: Pseudonymizer) -> str:
+    """Pseudonym of an Entry's `source`, its path below its source folder: the catalogue's `source`."""
+    return names.id("source", source)
 
 
 def patient_id(entry: Entry, identifiers: dict[str, str], names: Pseudonymizer) -> str:

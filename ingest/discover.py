@@ -1,9 +1,11 @@
 """Walk the sources: what each file is, its identity, and what belongs together. Nothing is decoded here."""
 
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ingest.config import IngestConfig
@@ -12,7 +14,7 @@ from ingest.dicom.header import open_dataset, quiet, text
 from ingest.dicom.syntaxes import check_decoders
 from ingest.frames import Refused
 from ingest.places import not_inputs
-from ingest.sniff import read_head, sniff
+from ingest.sniff import HEAD_BYTES, read_head, sniff
 from ingest.tables import DISCOVERED_NAME, Listing, listings
 from shards.errors import UserError
 from shards.ids import digest
@@ -27,6 +29,7 @@ _HEADER_TAGS = (
     "SeriesInstanceUID",
 )
 _HEADER_LIMIT = 16 << 20  # bytes that a deflated header scan may inflate
+_WHOLE_BYTES, _BLOCKS = 1 << 20, 64
 _SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)(?:$|[_.])")
 
 
@@ -34,12 +37,14 @@ _SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)(?:$|[_.])")
 class Entry:
     """One input file. Private: nothing of it but pseudonyms leaves the run.
 
-    identity: digest of relative path, size and first 4096 bytes: another file under the same name is
-    another input. group: files of one group stay in one unit (a series and its duplicates).
+    identity: digest of relative path, size and content (content_of): another file under the same name is
+    another input. source: `relative`, after the folder of the source and // where files of several sources
+    have that path. group: files of one group stay in one unit (a series and its duplicates).
     """
 
     path: str
     relative: str  # to its source, POSIX
+    source: str
     size: int
     kind: str  # dicom | nifti | raster | other
     identity: str
@@ -48,8 +53,9 @@ class Entry:
     patient: str = ""  # of a table or a BIDS path; DICOM says it itself
     split: str = ""  # override of a table
     listed: bool = False
-    ordinal: int = 0  # of files with equal relative path, size and head in several sources
+    salt: str = ""  # in the identity: tells files of several sources apart that are otherwise equal
     hint: str = ""  # reason of a refusal that the header scan foresees, for the plan
+    absent: bool = False  # listed in a table, but not there
 
 
 def inventory(config: IngestConfig, progress: Callable[[int], None] | None = None) -> list[Entry]:
@@ -62,18 +68,20 @@ def inventory(config: IngestConfig, progress: Callable[[int], None] | None = Non
     found = list(_walk(config))
     if not found:
         raise UserError("the source folder is empty: give a folder that holds DICOM, NIfTI or listed images")
-    tables = [path for path, _ in found if Path(path).name == DISCOVERED_NAME and config.discover_tables]
-    listed = listings(config, tables)
-    used = {os.path.realpath(t.path) for t in config.tables} | {os.path.realpath(t) for t in tables}
+    tables = [path for path, _, _ in found if Path(path).name == DISCOVERED_NAME and config.discover_tables]
+    listed, used = listings(config, tables)
+    sources = source_names(config.sources)
+    several = {relative for relative, n in Counter(relative for _, relative, _ in found).items() if n > 1}
     entries: list[Entry] = []
-    ordinals: dict[str, int] = {}
-    for path, relative in found:
-        if os.path.realpath(path) in used and listed:
+    for path, relative, root in found:
+        real = os.path.realpath(path)
+        if real in used:
             continue  # a table is configuration, not an input
-        entry = _entry(path, relative, listed.get(path), config, ordinals)
-        entries.append(entry)
+        source = f"{sources[root]}//{relative}" if relative in several else relative
+        entries.append(_entry(path, relative, source, listed.get(real), config))
         if progress is not None:
             progress(len(entries))
+    entries = list(_told_apart(entries)) + _absent(listed, found, config)
     if not any(e.kind in ("dicom", "nifti") or e.listed for e in entries):
         raise UserError(
             "the sources hold no DICOM, no NIfTI and no image that a table lists: "
@@ -82,19 +90,107 @@ def inventory(config: IngestConfig, progress: Callable[[int], None] | None = Non
     return entries
 
 
-def identity_of(relative: str, size: int, head: bytes, ordinal: int = 0) -> str:
-    return digest("input", relative, str(size), head, str(ordinal))
+def identity_of(relative: str, size: int, content: bytes, salt: str = "") -> str:
+    return digest("input", relative, str(size), content, salt or "0")
+
+
+def content_of(path: str, size: int, head: bytes, kind: str) -> bytes:
+    """What of a file's content makes its identity.
+
+    Of DICOM the first 4096 bytes, which hold its UIDs. Headers of other kinds are often equal: the sha256 of
+    all up to 1 MiB, else of blocks of 4096 bytes spread from the first to the last one.
+    """
+    if kind == "dicom" or size <= len(head):
+        return head
+    hasher = hashlib.sha256(head)
+    try:
+        with open(path, "rb") as file:
+            if size <= _WHOLE_BYTES:
+                return hashlib.file_digest(file, "sha256").digest()
+            for block in range(1, _BLOCKS + 1):
+                file.seek((size - HEAD_BYTES) * block // _BLOCKS)
+                hasher.update(file.read(HEAD_BYTES))
+    except OSError:
+        return head
+    return hasher.digest()
 
 
 def unchanged(entry: Entry) -> bool:
     """Whether the file is still what the inventory saw."""
     head = read_head(entry.path)
     size = 0 if head is None else _size(entry.path)
-    return identity_of(entry.relative, size, head or b"", entry.ordinal) == entry.identity
+    content = content_of(entry.path, size, head or b"", entry.kind)
+    return identity_of(entry.relative, size, content, entry.salt) == entry.identity
 
 
-def _walk(config: IngestConfig) -> Iterator[tuple[str, str]]:
-    """(absolute path, path relative to its source) of every file, each once, in a fixed order."""
+def source_names(sources: Sequence[str]) -> dict[str, str]:
+    """A name of each absolute source path: its last part, or as many as tell it from the other sources."""
+    roots = [os.path.abspath(source) for source in sources]  # noqa: PTH100 - Path.resolve would follow links
+    names = {}
+    for root in roots:
+        parts = Path(root).parts[1:]
+        others = [Path(other).parts[1:] for other in roots if other != root]
+        length = 1
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        names[root] = "/".join(parts[-length:])
+    return names
+
+
+def _told_apart(entries: list[Entry]) -> Iterator[Entry]:
+    """Entries of equal identity get a salt by content, so that the order of the sources tells nothing.
+
+    Equal files are numbered: which of them is which does not matter. Different ones are told apart by all of
+    their content.
+    """
+    equal: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        equal[entry.identity].append(entry)
+    for entry in entries:
+        members = equal[entry.identity]
+        if len(members) == 1:
+            yield entry
+            continue
+        hashes = {member.source: _sha256(member.path) for member in members}
+        mine = hashes[entry.source]
+        number = sorted(source for source, value in hashes.items() if value == mine).index(entry.source)
+        parts = ([mine] if len(set(hashes.values())) > 1 else []) + ([str(number)] if number else [])
+        salt = "/".join(parts)
+        head = read_head(entry.path)
+        content = content_of(entry.path, entry.size, head or b"", entry.kind)
+        yield replace(entry, salt=salt, identity=identity_of(entry.relative, entry.size, content, salt))
+
+
+def _sha256(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _absent(
+    listed: Mapping[str, Listing], found: Iterable[tuple[str, str, str]], config: IngestConfig
+) -> list[Entry]:
+    """An input to refuse for every file that a table lists and that is not there."""
+    names = source_names(config.sources)
+    roots = {os.path.realpath(root): name for root, name in names.items()}
+    entries = []
+    for path in sorted(listed.keys() - {os.path.realpath(path) for path, _, _ in found}):
+        if os.path.exists(path):  # noqa: PTH110 - a file outside of the sources
+            continue
+        below = next((root for root in roots if Path(path).is_relative_to(root)), None)
+        relative = os.path.relpath(path, below or listed[path].folder).replace(os.sep, "/")
+        relative = relative.encode("utf-8", "backslashreplace").decode()
+        source = relative if below is None or len(roots) == 1 else f"{roots[below]}//{relative}"
+        identity = identity_of(relative, 0, b"", f"absent {source}")
+        hint = Reason.SOURCE_MISSING.value
+        entries.append(Entry(path, relative, source, 0, "other", identity, absent=True, hint=hint))
+    return entries
+
+
+def _walk(config: IngestConfig) -> Iterator[tuple[str, str, str]]:
+    """(absolute path, path relative to its source, source) of every file, each once, in a fixed order."""
     output = os.path.realpath(config.output) if config.output else ""  # `ingest plan` has none
     seen = set(not_inputs(config))
     for source in config.sources:
@@ -106,7 +202,8 @@ def _walk(config: IngestConfig) -> Iterator[tuple[str, str]]:
             real = os.path.realpath(path)
             if real not in seen:
                 seen.add(real)
-                yield path, relative
+                # File names may hold bytes that are no UTF-8: kept apart, but representable.
+                yield path, relative.encode("utf-8", "backslashreplace").decode(), root
 
 
 def _files(root: str, output: str) -> Iterator[tuple[str, str]]:
@@ -136,29 +233,25 @@ def _is_new(folder: str, output: str, visited: set[str]) -> bool:
     return True
 
 
-def _entry(
-    path: str, relative: str, listing: Listing | None, config: IngestConfig, ordinals: dict[str, int]
-) -> Entry:
-    # File names may hold bytes that are no UTF-8: kept apart, but representable.
-    relative = relative.encode("utf-8", "backslashreplace").decode()
+def _entry(path: str, relative: str, source: str, listing: Listing | None, config: IngestConfig) -> Entry:
     head = read_head(path)
     if head is None:
-        identity, ordinal = _numbered(ordinals, relative, 0, b"")
-        return Entry(path, relative, 0, "other", identity, ordinal=ordinal, hint=Reason.NOT_AN_IMAGE.value)
-    size = _size(path)
-    identity, ordinal = _numbered(ordinals, relative, size, head)
-    kind = sniff(head)
+        identity = identity_of(relative, 0, b"")
+        return Entry(path, relative, source, 0, "other", identity, hint=Reason.NOT_AN_IMAGE.value)
+    size, kind = _size(path), sniff(head)
+    identity = identity_of(relative, size, content_of(path, size, head, kind))
     if kind == "dicom":
         modality, group, hint = _scan_dicom(path, config)
-        return Entry(path, relative, size, kind, identity, modality, group, ordinal=ordinal, hint=hint)
+        return Entry(path, relative, source, size, kind, identity, modality, group, hint=hint)
     if kind == "other" or (kind == "raster" and listing is None):
         hint = Reason.NOT_AN_IMAGE if kind == "other" else Reason.NOT_LISTED
-        return Entry(path, relative, size, kind, identity, ordinal=ordinal, hint=hint.value)
+        return Entry(path, relative, source, size, kind, identity, hint=hint.value)
     modality = listing.modality if listing else config.nifti_modality
     patient = listing.patient if listing and listing.patient else _bids_subject(relative)
     return Entry(
         path,
         relative,
+        source,
         size,
         kind,
         identity,
@@ -167,16 +260,8 @@ def _entry(
         patient=patient,
         split=listing.split if listing else "",
         listed=listing is not None,
-        ordinal=ordinal,
         hint=Reason.MODALITY_OUT_OF_SCOPE.value if modality == "none" else "",
     )
-
-
-def _numbered(ordinals: dict[str, int], relative: str, size: int, head: bytes) -> tuple[str, int]:
-    first = identity_of(relative, size, head)
-    ordinal = ordinals.get(first, 0)
-    ordinals[first] = ordinal + 1
-    return (first if ordinal == 0 else identity_of(relative, size, head, ordinal)), ordinal
 
 
 def _size(path: str) -> int:

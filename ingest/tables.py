@@ -21,6 +21,7 @@ class Listing:
     modality: str
     patient: str
     split: str  # "" unless the table overrides the keyed split
+    folder: str = ""  # real path of the folder of the table
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -39,7 +40,7 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def read_table(table: TableConfig, modalities: dict[str, str]) -> Iterator[tuple[str, Listing]]:
-    """(absolute path, listing) of every row. Raises UserError for a table without the needed columns."""
+    """(real path, listing) of every row. Raises UserError for a table without the needed columns."""
     path = Path(table.path)
     names, rows = read_rows(path)
     if table.file_column not in names:
@@ -58,18 +59,31 @@ def read_table(table: TableConfig, modalities: dict[str, str]) -> Iterator[tuple
         if split not in _SPLITS:
             raise UserError(f"the table {path.name} has a split that is not train, val or test: correct it")
         patient = row.get(table.patient_column or "", "")
-        listing = Listing(partition_of(name, modalities) or "none", patient, split)
-        yield os.path.normpath(folder / row[table.file_column]), listing
+        listing = Listing(partition_of(name, modalities) or "none", patient, split, str(folder))
+        if row[table.file_column]:
+            yield os.path.realpath(folder / row[table.file_column]), listing
 
 
-def listings(config: IngestConfig, discovered: list[str]) -> dict[str, Listing]:
-    """Listings by absolute path: of the tables of the configuration, then of discovered ones."""
+def listings(config: IngestConfig, discovered: list[str]) -> tuple[dict[str, Listing], set[str]]:
+    """Listings by real path: of the tables of the configuration, then of discovered ones; the tables used.
+
+    A discovered file that is no such table is not used: it is an input like any other. Raises UserError for
+    a table of the configuration that cannot be used, and for a patient in two splits.
+    """
     found: dict[str, Listing] = {}
     for table in config.tables:
         found.update(read_table(table, config.modalities))
+    used = {os.path.realpath(table.path) for table in config.tables}
     for path in discovered:
-        names, _ = read_rows(Path(path))
-        if "file" in names and "modality" in names:
-            for name, listing in read_table(TableConfig(path=path), config.modalities):
-                found.setdefault(name, listing)
-    return found
+        try:
+            rows = list(read_table(TableConfig(path=path), config.modalities))
+        except UserError:
+            continue
+        used.add(os.path.realpath(path))
+        for name, listing in rows:
+            found.setdefault(name, listing)
+    splits: dict[str, str] = {}
+    for listing in found.values():
+        if listing.patient and splits.setdefault(listing.patient, listing.split) != listing.split:
+            raise UserError("a table has images of one patient in two splits: correct its split column")
+    return found, used

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WINDOW_PER_WORKER = 2  # units in flight: one that runs, one that waits; a killed driver loses no more
 RETRIES = 3  # of a unit whose worker died
-FAILED_REASONS = ("crashed", "decode_failed")  # what the failure budget counts
+FAILED_REASONS = ("crashed", "decode_failed", "unreadable")  # what the failure budget counts
 SWEEP_AGE_SECONDS = 3600.0  # no commit takes that long: what is older has no writer
 POLL_SECONDS = 0.5
 CANCEL_SECONDS = 3.0
@@ -41,6 +41,8 @@ class IngestSummary:
     units: int = 0  # planned, whatever was done before
     already: int = 0  # committed before this run
     committed: int = 0  # by this run
+    waiting: int = 0  # units that need files of a source that was not given
+    absent: int = 0  # planned files that are not here as they were planned: gone, changed, another source
     failed: dict[str, int] = field(default_factory=dict)  # kind of error -> units without a commit
     samples: dict[str, dict[str, int]] = field(default_factory=dict)  # modality -> split -> count, dataset
     quarantined: dict[str, int] = field(default_factory=dict)  # reason -> rows, dataset
@@ -60,7 +62,8 @@ class IngestSummary:
         """0 only if every unit is committed and the failure budget is respected (data.md section 6)."""
         if self.interrupted:
             return 130
-        return 3 if self.failed or self.over_budget or self.committed + self.already < self.units else 0
+        incomplete = self.absent or self.committed + self.already < self.units
+        return 3 if self.failed or self.over_budget or incomplete else 0
 
 
 def run_ingest(
@@ -81,7 +84,8 @@ def run_ingest(
     began = time.monotonic()
     with StopFlag() as stop:
         job = plan_job(config, stream)
-        summary = IngestSummary(units=len(job.units) + len(job.done), already=len(job.done))
+        units = len(job.units) + len(job.done) + job.waiting
+        summary = IngestSummary(units=units, already=len(job.done), waiting=job.waiting, absent=job.absent)
         if job.units and not stop:
             count = workers or os.cpu_count() or 1
             metrics = Metrics("ingest")
@@ -92,9 +96,9 @@ def run_ingest(
                 say(f"ingest: {len(job.units)} units on {count} workers; metrics at {url}")
                 convert = _Conversion(job, config, cluster.folder, metrics, summary)
                 convert.run(count if workers or cluster.local else max(count, cluster.cpus), stop, stream)
-        elif not job.units:
+        elif not job.units and not job.waiting:
             say("ingest: nothing to do, every input is already in the dataset")
-        summary.interrupted = bool(stop) and summary.committed + summary.already < summary.units
+        summary.interrupted = bool(stop) and summary.committed + summary.already < summary.units - job.waiting
     _sum_up(summary, job, config)
     summary.seconds = time.monotonic() - began
     for line in summary_lines(summary, config):
@@ -104,12 +108,14 @@ def run_ingest(
 
 @dataclass(frozen=True)
 class Job:
-    """A plan: the units still to do, and the ids of those that are committed."""
+    """A plan: the units to do, the ids of those committed, counts of what cannot be done (ingest.plan)."""
 
     store: Any
     pseudonymizer: Any
     units: "list[Unit]"
     done: frozenset[str]
+    waiting: int = 0
+    absent: int = 0
 
 
 def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
@@ -117,11 +123,9 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     from ingest.convert import dataset_info
     from ingest.discover import inventory
     from ingest.places import check_output
-    from ingest.plan import make_units, plan_of
+    from ingest.plan import plan_units
     from shards import dataset
-    from shards.commit import committed_units
     from shards.ids import Pseudonymizer
-    from shards.plan import read_plans, write_plan
     from shards.store import Store
 
     check_output(config)
@@ -137,13 +141,8 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
         _printer(stream)("ingest: " + keys.make(config.output))
     names = Pseudonymizer(keys.read(config.key_file, config.output), config.site)
     dataset.open_or_create(store, dataset_info(config, names))
-    planned, done = read_plans(store), committed_units(store)
-    units = make_units(entries, config, names, planned, done)
-    known = {plan.unit for plan in planned}
-    new = [plan_of(unit, names) for unit in units if unit.unit not in known]
-    if new:
-        write_plan(store, new)
-    return Job(store, names, units, frozenset(plan.unit for plan in planned if plan.unit in done))
+    todo = plan_units(store, entries, config, names)
+    return Job(store, names, list(todo.units), todo.done, len(todo.waiting), todo.absent)
 
 
 def _convert(unit: "Unit", common: tuple[str, Any, str, Path | None]) -> Any:
@@ -152,7 +151,7 @@ def _convert(unit: "Unit", common: tuple[str, Any, str, Path | None]) -> Any:
     Returns a UnitResult, or (kind, text) of an error that must not stop the other units.
     """
     from ingest.config import IngestConfig
-    from ingest.convert import run_unit
+    from ingest.convert import SourceChangedError, run_unit
 
     pin_threads()
     config_json, names, root, scratch = common
@@ -163,6 +162,8 @@ def _convert(unit: "Unit", common: tuple[str, Any, str, Path | None]) -> Any:
             return run_unit(unit, config, names, root, Path(folder))
     except UserError as error:
         return ("user", str(error))
+    except SourceChangedError:
+        return ("error", "source_missing")
     except Exception as error:  # noqa: BLE001 - the boundary: Ray would log the text, which may hold a path
         return ("error", type(error).__name__)
 
@@ -239,6 +240,9 @@ class _Conversion:
                 raise UserError(text)
             self._fail(text)
             return
+        if result.inputs == 0:  # another driver has released the unit (ingest.plan)
+            self._fail("released")
+            return
         self._count(result)
 
     def _fail(self, kind: str) -> None:
@@ -294,6 +298,16 @@ def summary_lines(summary: IngestSummary, config: "IngestConfig") -> list[str]:
         lines.append(f"  {modality:6} {sum(splits.values()):8}  ({parts})")
     if summary.quarantined:
         lines.append(f"  refused {sum(summary.quarantined.values()):7}  " + _reasons(summary.quarantined))
+    if summary.quarantined.get("burned_in_risk"):
+        lines.append(
+            "ingest: the burned_in_risk images may hold names in their pixels; after checking them, "
+            "`--set allow_burned_in=true` in a new output folder takes them"
+        )
+    if summary.absent:
+        lines.append(
+            f"ingest: {summary.absent} planned files are not under the given sources as they were planned "
+            "(gone, changed, or of another source); nothing is lost: a run with them converts them"
+        )
     if summary.failed:
         lines.append(
             f"ingest: {sum(summary.failed.values())} units failed ({_reasons(summary.failed)}); "
@@ -301,8 +315,8 @@ def summary_lines(summary: IngestSummary, config: "IngestConfig") -> list[str]:
         )
     if summary.over_budget:
         lines.append(
-            f"ingest: more than {config.failure_budget:.1%} of the inputs crashed or did not decode "
-            "(the failure budget): look at `ingest status`, or raise failure_budget"
+            f"ingest: more than {config.failure_budget:.1%} of the inputs crashed, did not decode or are "
+            "damaged (the failure budget): look at `ingest status`, or raise failure_budget"
         )
     if summary.interrupted:
         lines.append("ingest: interrupted; what is committed stays, run the same command again to go on")

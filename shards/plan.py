@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from shards import parquet
-from shards.ids import digest
 from shards.store import Store
 
 PLAN_SCHEMA = pa.schema(
@@ -27,8 +26,17 @@ class PlannedUnit:
     sources: tuple[str, ...]
 
 
-def write_plan(store: Store, units: Iterable[PlannedUnit]) -> str:
-    """Store a plan under the digest of its content; rows sorted by unit. Returns its name."""
+def plan_names(store: Store) -> list[str]:
+    """Names of the plans of a dataset, in the order they were written."""
+    return store.list("plans")
+
+
+def write_plan(store: Store, units: Iterable[PlannedUnit], before: int | None = None) -> bool:
+    """Store a plan, rows sorted by unit, as number `before`: that of the plans its author has read.
+
+    False, and nothing is written, where another plan has that number already: read the plans again and plan
+    again. So the author of a plan knows all earlier ones, and no input is planned twice. before None: next.
+    """
     rows = sorted(units, key=lambda u: u.unit)
     table = pa.table(
         {
@@ -38,17 +46,14 @@ def write_plan(store: Store, units: Iterable[PlannedUnit]) -> str:
         },
         schema=PLAN_SCHEMA,
     )
-    data = parquet.to_bytes(table)
-    name = f"plans/{digest('plan', data)}.parquet"
-    if not store.exists(name):
-        store.put(name, data)
-    return name
+    number = len(plan_names(store)) if before is None else before
+    return store.create(f"plans/{number:08d}.parquet", parquet.to_bytes(table))
 
 
-def read_plans(store: Store) -> list[PlannedUnit]:
-    """The units of all plans of a dataset, each once, sorted by unit id."""
+def read_plans(store: Store, names: Iterable[str] | None = None) -> list[PlannedUnit]:
+    """The units of the named plans (default: all of a dataset), each once, sorted by unit id."""
     units: dict[str, PlannedUnit] = {}
-    for name in store.list("plans"):
+    for name in plan_names(store) if names is None else names:
         for row in parquet.read_bytes(store.read(name)).to_pylist():
             unit = PlannedUnit(row["unit"], row["modality"], tuple(row["sources"]))
             units.setdefault(unit.unit, unit)

@@ -33,7 +33,7 @@ def job(unit_samples):
     def run(root: Path, scratch: Path) -> None:
         store = Store(root)
         open_or_create(store, make.info())
-        write_plan(store, [PlannedUnit(UNIT, "ct", ("a", "b"))])
+        write_plan(store, [PlannedUnit(UNIT, "ct", ("a", "b"))], 0)
         commit_unit(store, UNIT, unit_samples, make.refused(), scratch, 4)
 
     return run
@@ -121,7 +121,7 @@ def test_two_writers_of_one_unit_give_one_commit_and_the_same_bytes(tmp_path, jo
         root = tmp_path / f"both{attempt}"
         job_plan_only = Store(root)
         open_or_create(job_plan_only, make.info())
-        write_plan(job_plan_only, [PlannedUnit(UNIT, "ct", ("a", "b"))])
+        write_plan(job_plan_only, [PlannedUnit(UNIT, "ct", ("a", "b"))], 0)
         barrier, units = context.Barrier(2), context.Queue()
         arguments = (barrier, unit_samples, root, tmp_path / "scratch", units)
         writers = [context.Process(target=_write_when_all_are_ready, args=arguments) for _ in range(2)]

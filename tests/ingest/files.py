@@ -9,13 +9,11 @@ from pydicom.uid import ExplicitVRLittleEndian
 from ingest.config import IngestConfig, load_config
 from ingest.convert import UnitResult, dataset_info, run_unit
 from ingest.discover import inventory
-from ingest.plan import Unit, make_units, plan_of
+from ingest.plan import Unit, plan_units
 from ingest.read import read_file
 from ingest.synthetic.syntaxes import save, set_pixels
-from shards.commit import committed_units
 from shards.dataset import open_or_create
 from shards.ids import Pseudonymizer
-from shards.plan import read_plans, write_plan
 from shards.store import Store
 
 NAMES = Pseudonymizer(b"0123456789abcdef0123456789abcdef", "north")
@@ -78,13 +76,7 @@ def units(settings: IngestConfig) -> list[Unit]:
     """Open the dataset, plan, record the plan: what precedes the units of a run."""
     store = Store(settings.output)
     open_or_create(store, dataset_info(settings, NAMES))
-    planned = read_plans(store)
-    todo = make_units(inventory(settings), settings, NAMES, planned, committed_units(store))
-    known = {plan.unit for plan in planned}
-    new = [plan_of(unit, NAMES) for unit in todo if unit.unit not in known]
-    if new:
-        write_plan(store, new)
-    return todo
+    return list(plan_units(store, inventory(settings), settings, NAMES).units)
 
 
 def ingest(source: Path, out: Path, **settings) -> list[UnitResult]:

@@ -89,17 +89,6 @@ def test_more_files_later_are_converted_alone(source, tmp_path):
     assert keys < set(now) and len(now) == len(set(now)) == 5
 
 
-def test_an_input_that_vanished_after_the_plan_is_in_the_quarantine(source, tmp_path):
-    settings = config(source, tmp_path / "a")
-    todo = units(settings)
-    (source / "m1").unlink()  # after planning: noticed when it is read
-    for unit in todo:
-        run_unit(unit, settings, NAMES, tmp_path / "a", tmp_path / "t")
-    rows = {r["source"]: r["reason"] for r in catalog.quarantine(tmp_path / "a").to_pylist()}
-    assert rows[source_id("m1", NAMES)] == Reason.SOURCE_MISSING
-    assert catalog.load(tmp_path / "a").num_rows == 3
-
-
 def test_duplicates_are_kept_once_and_collisions_quarantined(tmp_path):
     folder = tmp_path / "s"
     write(folder / "a", grey(seed=1), number=1, ImagePositionPatient=[0, 0, 1])
@@ -148,6 +137,7 @@ def test_listed_images_take_modality_patient_and_split_of_their_table(tmp_path):
     assert reasons == {
         source_id("e.png", NAMES): Reason.NOT_LISTED,
         source_id("f.png", NAMES): Reason.UNREADABLE,
+        source_id("gone.png", NAMES): Reason.SOURCE_MISSING,
     }
 
 

@@ -1,13 +1,21 @@
 """Units are the same whatever the order of files, keep series whole, and survive a resume."""
 
 import random
+from pathlib import Path
 
 import pytest
 
+from ingest.convert import SourceChangedError, dataset_info, run_unit
 from ingest.discover import inventory
 from ingest.estimate import estimate
-from ingest.plan import make_units, plan_of
+from ingest.plan import make_units, plan_of, plan_units
+from shards import catalog
+from shards.commit import release_unit
+from shards.dataset import open_or_create
+from shards.plan import read_plans
 from shards.schema import Reason
+from shards.store import Store
+from shards.verify import verify
 from tests.ingest.files import NAMES, config, grey, tree, write
 
 
@@ -60,15 +68,104 @@ def test_a_resume_does_old_units_as_planned_and_new_files_in_new_units(source, t
     assert make_units(inventory(other), other, NAMES, plans(before))[:-1] == before
 
 
-def test_what_vanished_or_changed_since_the_plan_is_missing_and_its_new_form_a_new_input(source, tmp_path):
+def run(settings, only=None):
+    """Plan as `ingest run` does, and convert `only` so many units; what the plan said."""
+    store = Store(settings.output)
+    open_or_create(store, dataset_info(settings, NAMES))
+    todo = plan_units(store, inventory(settings), settings, NAMES)
+    for unit in todo.units[:only]:
+        run_unit(unit, settings, NAMES, settings.output, Path(f"{settings.output}-scratch"))
+    return todo
+
+
+def digests(out):
+    return sorted(catalog.load(out)["pixel_digest"].to_pylist())
+
+
+@pytest.fixture
+def undisturbed(source, tmp_path):
+    run(config(source, tmp_path / "undisturbed"))
+    return tmp_path / "undisturbed"
+
+
+def test_units_of_a_source_that_is_not_given_wait_for_it(source, undisturbed, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    write(other / "x", grey(seed=50), number=50)
+    assert run(config(source, out), only=0).absent == 0
+    todo = run(config(other, out))
+    assert todo.absent == 13 and len(todo.waiting) == 2 and catalog.load(out).num_rows == 1
+    again = run(config(source, out))
+    assert again.absent == 0 and not again.waiting
+    for name, data in tree(undisturbed).items():  # the same bytes, whatever ran between
+        assert tree(out)[name] == data
+
+
+def test_what_is_left_of_a_planned_unit_is_converted_and_what_comes_back_too(source, undisturbed, tmp_path):
     settings = config(source, tmp_path / "out")
-    before = make_units(inventory(settings), settings, NAMES)
-    (source / "0-1").unlink()
-    write(source / "1-1", patient="P9", number=77)
-    units = make_units(inventory(settings), settings, NAMES, plans(before))
-    assert [len(unit.missing) for unit in units] == [2, 0, 0]
-    assert [entry.relative for entry in units[-1].entries] == ["1-1"]
-    assert units[0].unit == before[0].unit
+    run(settings, only=0)
+    (source / "0-1").rename(tmp_path / "aside")
+    todo = run(settings)
+    assert todo.absent == 1 and not todo.waiting
+    assert catalog.load(tmp_path / "out").num_rows == 11
+    assert run(settings).absent == 0
+    (tmp_path / "aside").rename(source / "0-1")
+    assert len(run(settings).units) == 1
+    assert digests(tmp_path / "out") == digests(undisturbed)
+    assert verify(tmp_path / "out").clean
+
+
+def test_a_unit_released_for_a_file_that_is_back_before_the_new_plan_is_done(source, undisturbed, tmp_path):
+    settings = config(source, tmp_path / "out")
+    planned = run(settings, only=0)
+    for unit in planned.units:
+        release_unit(Store(settings.output), unit.unit)  # killed here: no new plan was written
+    run(settings)
+    assert digests(tmp_path / "out") == digests(undisturbed)
+
+
+def test_a_source_that_drops_while_it_is_read_loses_nothing(source, undisturbed, tmp_path):
+    settings = config(source, tmp_path / "out")
+    todo = run(settings, only=0)
+    source.rename(tmp_path / "gone")
+    for unit in todo.units:
+        with pytest.raises(SourceChangedError):
+            run_unit(unit, settings, NAMES, tmp_path / "out", tmp_path / "scratch")
+    (tmp_path / "gone").rename(source)
+    run(settings)
+    for name, data in tree(undisturbed).items():
+        assert tree(tmp_path / "out")[name] == data
+
+
+def test_a_file_that_changed_since_the_plan_is_converted_in_its_new_form(source, tmp_path):
+    settings = config(source, tmp_path / "out")
+    run(settings, only=0)
+    write(source / "1-1", grey(seed=77), patient="P9", number=77)
+    assert run(settings).absent == 1
+    assert NAMES.id("patient", "P9") in catalog.load(tmp_path / "out")["patient"].to_pylist()
+    assert catalog.load(tmp_path / "out").num_rows == 12
+    assert run(settings).units == ()
+
+
+def test_two_drivers_plan_no_input_twice(source, tmp_path, monkeypatch):
+    """The second sees one file more and has read the plans before the first has written its own."""
+    settings = config(source, tmp_path / "out")
+    first = []
+
+    def first_plans_meanwhile(*given):
+        monkeypatch.undo()
+        first.append(run(settings, only=0))
+        write(source / "late", grey(seed=60), number=60)
+        return make_units(inventory(settings), *given[1:])
+
+    monkeypatch.setattr("ingest.plan.make_units", first_plans_meanwhile)
+    second = run(settings)
+    for unit in first[0].units:
+        run_unit(unit, settings, NAMES, tmp_path / "out", tmp_path / "scratch")
+    planned = [source for plan in read_plans(Store(tmp_path / "out")) for source in plan.sources]
+    assert len(planned) == len(set(planned))
+    assert len(second.units) == len(first[0].units)
+    run(settings)
+    assert catalog.load(tmp_path / "out").num_rows == 13 and verify(tmp_path / "out").clean
 
 
 def test_the_plan_counts_without_writing(source, tmp_path):

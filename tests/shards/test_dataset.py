@@ -226,10 +226,17 @@ def test_a_newer_format_is_refused(tmp_path):
 def test_plans_come_back_each_unit_once(tmp_path):
     store = Store(tmp_path)
     a, b, c = (PlannedUnit(u, "ct", (f"{u}1", f"{u}0")) for u in "abc")
-    assert write_plan(store, [b, a]) == write_plan(store, [a, b])
-    write_plan(store, [c, a])
+    assert write_plan(store, [b, a]) and write_plan(store, [c, a])
     assert read_plans(store) == [a, b, c]
     assert len(store.list("plans")) == 2
+
+
+def test_of_two_authors_of_a_plan_one_reads_again(tmp_path):
+    store = Store(tmp_path)
+    first, second = PlannedUnit("a", "ct", ("1",)), PlannedUnit("b", "ct", ("1", "2"))
+    assert write_plan(store, [first], 0) and not write_plan(store, [second], 0)
+    assert read_plans(store) == [first]
+    assert write_plan(store, [second], 1)
 
 
 def test_labels_are_sorted_by_key_and_replaced(dataset):
