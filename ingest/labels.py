@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def join_labels(
     StudyInstanceUID or PatientID (`by` chooses where there are several). `sources`: those of the ingest
     run, needed by file where the CSV lies above a source. Rows without a label or without a sample are
     left out; their number is in the metadata `unmatched` of the returned table.
-    Raises UserError for a table that cannot be used or matches nothing.
+    Raises UserError for a table that cannot be used, matches nothing, or names a file that two inputs have.
     """
     path = Path(table)
     if not _NAME.fullmatch(name):
@@ -52,8 +53,11 @@ def join_labels(
         raise UserError(f"the table {path.name} has no column {label_column!r}: set the label column")
     join, candidates = _join(path, columns, by, sources)
     catalog_column, kind = _JOINS[join.lower()]
-    samples = catalog.load(root, columns=["key", catalog_column]).to_pylist()
+    samples = catalog.load(root, columns=sorted({"key", "source", "frame", catalog_column})).to_pylist()
     keys: dict[str, list[str]] = {}
+    # Two samples of one path and frame: of two sources that were given one by one, or of a changed file.
+    several = Counter((sample["source"], sample["frame"]) for sample in samples)
+    unclear = {source for (source, _), number in several.items() if number > 1}
     for sample in samples:
         if sample[catalog_column] is not None:
             keys.setdefault(sample[catalog_column], []).append(sample["key"])
@@ -61,7 +65,13 @@ def join_labels(
     unmatched = 0
     for row in rows:
         pseudonyms = (names.id(kind, value) for value in candidates(row[join]))
-        found = next((keys[p] for p in pseudonyms if p in keys), []) if row[label_column] else []
+        match = next((p for p in pseudonyms if p in keys), None) if row[label_column] else None
+        if kind == "source" and match in unclear:
+            raise UserError(
+                f"a file of {path.name} may be one of two (two sources with equal names, or two versions): "
+                "join by SOPInstanceUID or PatientID, or ingest both sources into a new folder in one run"
+            )
+        found = keys[match] if match is not None else []
         unmatched += not found
         split = row.get("split", "").lower()
         for key in found:
@@ -94,17 +104,24 @@ def _join(
 
 
 def _relative_names(folder: Path, value: str, roots: Sequence[Path]) -> Iterator[str]:
-    """What the file may be called relative to its source.
+    """What the file may be called as the `source` of an entry (ingest.discover), the surest first.
 
-    Without the sources: every tail of its path that holds all of `value`; a shorter one may be another's.
+    `<name of the source>//<relative path>` (where several sources have that path), `<relative path>`. Without
+    the sources: every tail of its path that holds all of `value`; a shorter one may be another's.
     """
     path = Path(os.path.normpath(folder / value))
     if roots:
-        yield from (path.relative_to(root).as_posix() for root in roots if path.is_relative_to(root))
+        tails = [(r.parts[1:], path.relative_to(r).as_posix()) for r in roots if path.is_relative_to(r)]
+        for root, relative in tails:
+            yield from (f"{'/'.join(root[start:])}//{relative}" for start in range(len(root)))
+        yield from (relative for _, relative in tails)
         return
     parts = path.parts[1:]
-    shortest = len(Path(os.path.normpath(value)).parts)
-    for start in range(len(parts) - shortest + 1):
+    last = len(parts) - len(Path(os.path.normpath(value)).parts)
+    for middle in range(1, last + 1):
+        relative = "/".join(parts[middle:])
+        yield from (f"{'/'.join(parts[start:middle])}//{relative}" for start in range(middle))
+    for start in range(last + 1):
         yield "/".join(parts[start:])
 
 

@@ -6,7 +6,7 @@ import shutil
 import cv2
 import pytest
 
-from ingest.discover import inventory, unchanged
+from ingest.discover import content_of, inventory, unchanged
 from shards.errors import UserError
 from tests.ingest.files import config, grey, write
 
@@ -120,3 +120,84 @@ def test_the_subject_of_a_bids_path_is_the_patient(tmp_path):
         "sub-02_bold.nii": "02",
         "loose.nii": "",
     }
+
+
+def nifti(path, seed):
+    import nibabel
+    import numpy as np
+
+    values = np.zeros((64, 64, 8), np.int16)
+    values[8:56, 8:56, 2:] = np.random.default_rng(seed).integers(0, 900, (48, 48, 6))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+    return path
+
+
+def test_another_nifti_with_the_same_name_size_and_head_is_another_input(tmp_path):
+    one, two = nifti(tmp_path / "a" / "T1.nii", 1), nifti(tmp_path / "b" / "T1.nii", 2)
+    assert one.read_bytes()[:4096] == two.read_bytes()[:4096]
+    first, second = listed(tmp_path / "a")[0], listed(tmp_path / "b")[0]
+    assert first.identity != second.identity and unchanged(first)
+    one.write_bytes(two.read_bytes())
+    assert not unchanged(first)
+
+
+def test_a_large_file_is_told_apart_by_its_end_and_by_blocks_between(tmp_path):
+    size = 4 << 20
+    for place in (size - 1, size // 2):
+        data = bytearray(size)
+        path = tmp_path / f"{place}"
+        path.write_bytes(data)
+        before = content_of(str(path), size, bytes(4096), "nifti")
+        data[place] = 1
+        path.write_bytes(data)
+        assert content_of(str(path), size, bytes(4096), "nifti") != before
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_order_and_the_number_of_sources_change_no_identity(tmp_path, equal):
+    nifti(tmp_path / "a" / "T1.nii", 1)
+    nifti(tmp_path / "b" / "T1.nii", 1 if equal else 2)
+
+    def of(*names):
+        sources = [str(tmp_path / name) for name in names]
+        return inventory(config(tmp_path, tmp_path / "out", sources=sources))
+
+    def identities(*names):
+        return {(e.source, e.identity) for e in of(*names)}
+
+    assert identities("a", "b") == identities("b", "a")
+    assert {e.identity for e in of("a")} < {e.identity for e in of("b", "a")}
+    assert {e.source for e in of("a", "b")} == {"a//T1.nii", "b//T1.nii"}
+    assert [e.source for e in of("a")] == ["T1.nii"]
+
+
+def test_a_source_that_is_a_link_takes_its_tables_along(tmp_path):
+    (tmp_path / "real").mkdir()
+    cv2.imwrite(str(tmp_path / "real" / "1.png"), grey("uint8", 8))
+    (tmp_path / "real" / "images.csv").write_text("file,modality\n1.png,CR\n")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert [(e.relative, e.modality) for e in listed(tmp_path / "link")] == [("1.png", "xr")]
+
+
+def test_a_listed_file_that_is_not_there_is_a_refused_input(tmp_path):
+    write(tmp_path / "s" / "f")
+    (tmp_path / "s" / "images.csv").write_text("file,modality\nx/absent.png,CR\n")
+    hints = {entry.relative: entry.hint for entry in listed(tmp_path / "s")}
+    assert hints == {"f": "", "x/absent.png": "source_missing"}
+
+
+@pytest.mark.parametrize("content", [b"name\nM\xfcller\n", b"a,b\n1,2\n", None])
+def test_a_found_table_that_cannot_be_used_is_an_input_like_others(tmp_path, content):
+    write(tmp_path / "s" / "f")
+    table = tmp_path / "s" / "images.csv"
+    table.write_bytes(content) if content else table.symlink_to("/nonexistent")
+    assert {e.relative: e.hint for e in listed(tmp_path / "s")} == {"f": "", "images.csv": "not_an_image"}
+
+
+def test_a_patient_in_two_splits_of_a_table_is_refused(tmp_path):
+    write(tmp_path / "s" / "f")
+    table = tmp_path / "t.csv"
+    table.write_text("file,modality,patient,split\na.png,CR,P,train\nb.png,CR,P,test\n")
+    with pytest.raises(UserError, match="two splits"):
+        listed(tmp_path / "s", tables=[{"path": str(table), "split_column": "split"}])

@@ -1,5 +1,6 @@
 """Labels join by path or identifier through pseudonyms, and only classes get in."""
 
+import cv2
 import pytest
 
 from ingest.labels import join_labels
@@ -66,3 +67,33 @@ def test_tables_that_cannot_be_joined_are_named(made, tmp_path, content, message
     table.write_text(content)
     with pytest.raises(UserError, match=message):
         join_labels(made[1], table, NAMES)
+
+
+def picture(folder, seed):
+    folder.mkdir()
+    cv2.imwrite(str(folder / "1.png"), grey("uint8", 8, seed=seed))
+    (folder / "images.csv").write_text(f"file,modality,patient\n1.png,CR,P{seed}\n")
+    (folder / "labels.csv").write_text(f"file,label\n1.png,class{seed}\n")
+    return folder
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
+def test_labels_of_one_source_never_label_the_equal_path_of_another(tmp_path, swapped, given):
+    a, b = picture(tmp_path / "a", 0), picture(tmp_path / "b", 1)
+    order = [str(b), str(a)] if swapped else [str(a), str(b)]
+    ingest(a, tmp_path / "out", sources=order)
+    samples = catalog.load(tmp_path / "out").to_pylist()
+    assert len({sample["source"] for sample in samples}) == 2
+    for number, source in enumerate((a, b)):
+        join_labels(tmp_path / "out", source / "labels.csv", NAMES, sources=[source] if given else [])
+        assert labels_of(tmp_path / "out") == {number: f"class{number}"}
+
+
+def test_a_path_of_two_sources_ingested_one_by_one_is_refused(tmp_path):
+    a, b = picture(tmp_path / "a", 0), picture(tmp_path / "b", 1)
+    for source in (a, b):
+        ingest(source, tmp_path / "out")
+    assert catalog.load(tmp_path / "out").num_rows == 2
+    with pytest.raises(UserError, match="one of two"):
+        join_labels(tmp_path / "out", a / "labels.csv", NAMES, sources=[a])
