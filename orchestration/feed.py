@@ -66,14 +66,15 @@ class Feed:
         feeders: int,
         stop: int,
         depth: int = DEPTH,
-        cpus: float = 1.0,
+        cpus: float = 0.0,
     ) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         node = ray.get_runtime_context().get_node_id()
-        # Across nodes a batch costs twice as much; the affinity also takes the actor out of the rank's
-        # placement group, which has no CPU to spare.
+        # Across nodes a batch costs twice as much. The affinity takes the actor out of the rank's placement
+        # group, and a node that is full would let it wait for ever: it asks for no CPU of its own, because
+        # the rank has reserved those of its actors (rank_resources).
         actor: Any = ray.remote(Augmenter).options(
             num_cpus=cpus,
             max_restarts=-1,
@@ -134,6 +135,11 @@ class Feed:
 
     def __exit__(self, *unused: object) -> None:
         self.close()
+
+
+def rank_resources(feeders: int, use_gpu: bool) -> dict[str, float]:
+    """What Ray reserves for a rank: itself and its augmentation actors, which so always have a place."""
+    return {"CPU": 1.0 + feeders} | ({"GPU": 1.0} if use_gpu else {})
 
 
 def batch_bytes(config: "TrainConfig", world: int) -> int:

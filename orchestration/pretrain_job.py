@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestration.cluster import OBJECT_STORE_BYTES, THREAD_ENV, JobFailedError, StopFlag, connected
-from orchestration.feed import DEPTH, object_store_bytes
+from orchestration.feed import DEPTH, object_store_bytes, rank_resources
 from orchestration.metrics import Metrics, endpoint, observe_step
 from orchestration.pretrain_rank import Control, ControlState, RankSettings, run_rank
 from orchestration.progress import Progress
@@ -67,49 +67,82 @@ def pretrain(
     Everything is written below run_dir, which all nodes must see. max_failures: restarts in a row without a
     step gained. Raises UserError (configuration, disk), TrainingFailedError.
     """
-    from trainer.config import check_device
+    from trainer.config import check_device, few_samples_warning
 
     say = _printer(stream)
     run_dir = run_dir.absolute()
-    prepared = check(config, run_dir, workers, say)
-    if is_complete(config, run_dir, prepared):
-        say(f"pretrain: nothing to do, the run is complete at step {config.max_steps}")
-        return PretrainResult(config.max_steps, True, 0, 0.0)
-    store = object_store_bytes(config, workers, DEPTH, OBJECT_STORE_BYTES)
-    cpus = workers * (1 + feeders) + 1
     began = time.monotonic()
-    metrics = Metrics("train")
-    with (
-        StopFlag() as stop,
-        connected(address, cpus=cpus, object_store_bytes=store, verbose=verbose) as cluster,
-        endpoint(metrics, run_dir, "pretrain", metrics_port, metrics_host) as url,
-    ):
-        use_gpu = choose_gpu(gpu, workers)
-        check_device(config, workers, "cuda" if use_gpu else "cpu")
-        device = "GPU" if use_gpu else "CPU"
-        say(f"pretrain: {workers} ranks on {device}, {feeders} augmentation actors each; metrics at {url}")
-        if not cluster.local and cluster.cpus < cpus:
-            say(f"pretrain: the cluster has {cluster.cpus} CPUs, the job wants {cpus}: waiting for more")
-        job = _Job(config, run_dir, metrics, max_failures, stop, say, stream)
-        step, finished, restarts = job.run(workers, feeders, prepared, use_gpu)
+    with StopFlag() as stop:  # from here on a signal ends with 130
+        try:
+            prepared = check(config, run_dir, workers, say, stop, stream)
+        except _StoppedError:
+            return PretrainResult(newest_checkpoint(run_dir), False, 0, time.monotonic() - began)
+        if is_complete(config, run_dir, prepared):
+            say(f"pretrain: nothing to do, the run is complete at step {config.max_steps}")
+            return PretrainResult(config.max_steps, True, 0, 0.0)
+        if warning := few_samples_warning(config):
+            say(f"pretrain: {warning}")
+        store = object_store_bytes(config, workers, max(DEPTH, feeders), OBJECT_STORE_BYTES)
+        cpus = workers * (1 + feeders) + 1
+        metrics = Metrics("train")
+        with (
+            connected(address, cpus=cpus, object_store_bytes=store, verbose=verbose) as cluster,
+            endpoint(metrics, run_dir, "pretrain", metrics_port, metrics_host) as url,
+        ):
+            use_gpu = choose_gpu(gpu, workers)
+            check_device(config, workers, "cuda" if use_gpu else "cpu")
+            device = "GPU" if use_gpu else "CPU"
+            say(
+                f"pretrain: {workers} ranks on {device}, {feeders} augmentation actors each; metrics at {url}"
+            )
+            if not cluster.local and cluster.cpus < cpus:
+                say(f"pretrain: the cluster has {cluster.cpus} CPUs, the job wants {cpus}: waiting for more")
+            job = _Job(config, run_dir, metrics, max_failures, stop, say, stream)
+            step, finished, restarts = job.run(workers, feeders, prepared, use_gpu)
     return PretrainResult(step, finished, restarts, time.monotonic() - began)
 
 
-def check(config: "TrainConfig", run_dir: Path, workers: int, say: Callable[[str], None]) -> "Prepared":
-    """Refuse what can be refused before anything starts; fit the band statistics, once. Raises UserError."""
+class _StoppedError(Exception):
+    """A signal came before anything started."""
+
+
+def check(
+    config: "TrainConfig",
+    run_dir: Path,
+    workers: int,
+    say: Callable[[str], None],
+    stop: StopFlag,
+    stream: TextIO | None = None,
+) -> "Prepared":
+    """Refuse what can be refused before anything starts; fit the band statistics, once.
+
+    Raises UserError, _StoppedError as soon as `stop` is set.
+    """
     from trainer.batches import BatchMaker
     from trainer.config import check_world
-    from trainer.prepare import dataset_fingerprint, prepare
+    from trainer.prepare import dataset_fingerprint, needs_fit, prepare
 
     check_world(config, workers)
     if not config.data.dataset:
         raise UserError("data.dataset is not set: name the folder of the dataset, data.dataset=FOLDER")
     dataset_fingerprint(config.data.dataset)  # is it one?
-    if config.views.energy_probability > 0 and not (run_dir / "bands.json").is_file():
+    shown: Any = contextlib.nullcontext()
+    if needs_fit(config, run_dir):
         say("pretrain: fitting the band statistics")
-    prepared = prepare(config, run_dir)
+        shown = Progress("band statistics", 0, "images", stream=stream)
+    with shown as progress:
+
+        def look(done: int, total: int) -> None:
+            if stop:
+                raise _StoppedError
+            progress.total = total
+            progress.update(done)
+
+        prepared = prepare(config, run_dir, look)
     maker = BatchMaker(config, 0, workers, prepared.bands, prepared.dataset_fingerprint)
     _ = maker.counts  # every modality has images
+    if stop:
+        raise _StoppedError
     return prepared
 
 
@@ -170,8 +203,11 @@ class _Job:
     def run(self, workers: int, feeders: int, prepared: "Prepared", use_gpu: bool) -> tuple[int, bool, int]:
         """(step, finished, restarts)."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        control: Any = ray.remote(Control).options(num_cpus=0).remote()
+        # With the driver, not on a node whose death would end the job.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        control: Any = ray.remote(Control).options(num_cpus=0, scheduling_strategy=here).remote()
         settings = RankSettings(
             self._config.model_dump_json(),
             str(self._run_dir),
@@ -228,7 +264,11 @@ class _Job:
             run_rank,
             train_loop_config={"rank": settings},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=use_gpu,
+                resources_per_worker=rank_resources(settings.feeders, use_gpu),
+            ),
             run_config=run_config,
         )
         try:

@@ -58,10 +58,16 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
             torch.cuda.set_device(device)
         with stop_flag() as stop, process_group(device) as (rank, world):
 
-            def fingerprint() -> dict[str, str]:
-                return {"dataset": prepare(config, run_dir).dataset_fingerprint}
+            def fingerprint() -> dict[str, str | None]:
+                try:
+                    return {"dataset": prepare(config, run_dir, stop.look).dataset_fingerprint}
+                except StoppedError:
+                    return {"dataset": None}
 
             dataset = from_rank_zero(fingerprint, rank=rank, world=world, device=device)["dataset"]
+            if dataset is None:
+                print("stopped before the first step: the same command continues", file=sys.stderr)
+                return INTERRUPTED
             bands = load_bands(config, run_dir)
             feed = (
                 BatchWorkers(
@@ -101,8 +107,17 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
     return 0 if result.finished else INTERRUPTED
 
 
+class StoppedError(Exception):
+    """A signal came before the first step: there is nothing to save."""
+
+
 class StopFlag:
     is_set = False
+
+    def look(self, done: int, total: int) -> None:
+        """For the fit of the band statistics, which is the long part of the start. Raises StoppedError."""
+        if self.is_set:
+            raise StoppedError
 
 
 @contextmanager

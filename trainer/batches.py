@@ -6,7 +6,7 @@ make any batch, and its bytes depend on neither the process, nor the order of ca
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,20 +201,34 @@ def dataset_fingerprint(root: str) -> str:
     return digest(info.fingerprint, info.key_id, *sorted(committed_units(store)))
 
 
-def fit_bands(config: TrainConfig, limit: int = REFERENCE_IMAGES) -> dict[str, BandStatistics]:
+def fit_bands(
+    config: TrainConfig, limit: int = REFERENCE_IMAGES, progress: Callable[[int, int], None] | None = None
+) -> dict[str, BandStatistics]:
     """Band statistics of every modality from `limit` images spread over the split, or all there are.
 
-    The images are brought to the same working resolution as in training (views.prepare). Raises UserError.
+    The images are brought to the same working resolution as in training (views.prepare).
+    progress(done, total) is called after each image, and may raise to stop. Raises UserError.
     """
     cv2.setNumThreads(1)
     reader = ShardReader(config.data.dataset)
+    opened = [open_modality(config.data, name) for name in config.data.modalities]
+    done, total = 0, sum(min(limit, len(modality)) for modality in opened)
+
+    def told(pyramids: Iterator[Pyramid]) -> Iterator[Pyramid]:
+        nonlocal done
+        for pyramid in pyramids:
+            yield pyramid
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
     statistics = {}
-    for name in config.data.modalities:
-        modality = open_modality(config.data, name)
+    for modality in opened:
         n = min(limit, len(modality))
         # Keys are keyed hashes: evenly spaced rows of the sorted catalogue are a random sample.
         chosen = [i * len(modality) // n for i in range(n)]
-        statistics[name] = fit_statistics(_pyramids(config, modality, chosen, reader), config.views.sigmas)
+        pyramids = told(_pyramids(config, modality, chosen, reader))
+        statistics[modality.name] = fit_statistics(pyramids, config.views.sigmas)
     return statistics
 
 

@@ -110,6 +110,12 @@ class ViewConfig(_Strict):
         for low, high in (self.default_size_range, *self.size_range.values()):
             if not 1 <= low <= high:
                 raise ValueError("size ranges must be rising ranges of pixels, from 1 on")
+        for name in ("gamma", "linear_gain", "linear_offset"):
+            low, high = getattr(self, name)
+            if not low <= high:
+                raise ValueError(f"{name}={[low, high]} must be a rising range")
+        if not self.gamma[0] > 0:
+            raise ValueError(f"gamma={list(self.gamma)} must be above 0")
         if not self.crops:
             raise ValueError("crops must name at least one group")
         if not 1 <= len(self.sigmas) <= 16 or not all(sigma > 0 for sigma in self.sigmas):
@@ -161,7 +167,7 @@ class OptimConfig(_Strict):
     learning_rate: float = Field(default=0.6, gt=0)
     final_learning_rate: float = Field(default=0.0006, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
-    momentum: float = 0.9
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-6, ge=0)
     larc_trust: float = 0.001
     larc_eps: float = 1e-8
@@ -201,6 +207,11 @@ class TrainConfig(_Strict):
             raise ValueError(
                 f"swav.queue_length={queue} is no multiple of data.batch_size={batch}: "
                 f"the nearest valid lengths are {low} and {low + batch} (0 switches the queue off)"
+            )
+        if self.optim.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is more than max_steps={self.max_steps}: "
+                "the learning rate would never be reached"
             )
         return self
 
@@ -245,6 +256,21 @@ def check_device(config: TrainConfig, world_size: int, device: str) -> None:
             "model.sync_batchnorm=true needs GPUs, and these ranks are on the CPU: set it to false, "
             "or use one rank"
         )
+
+
+def few_samples_warning(config: TrainConfig) -> str | None:
+    """A line when (B_m + queue) / K < .3: codes are then spread over hundreds of prototypes (method.md
+    3-G).
+    """
+    samples = config.data.per_modality + config.swav.queue_length // len(config.data.modalities)
+    ratio = samples / config.swav.prototypes
+    if ratio >= 0.3:
+        return None
+    return (
+        f"{samples} samples per modality (batch and queue) for {config.swav.prototypes} prototypes is a "
+        f"ratio of {ratio:.2f}, below .3: codes will be diffuse; raise swav.queue_length or lower "
+        f"swav.prototypes"
+    )
 
 
 def _preset_folder() -> Any:

@@ -21,14 +21,14 @@ from torch.optim import Optimizer
 
 from trainer import attempts, checkpoint, files, journal
 from trainer.attempts import Attempt
-from trainer.config import TrainConfig, check_device, check_world
+from trainer.config import TrainConfig, check_device, check_world, few_samples_warning
 from trainer.distributed import from_rank_zero
 from trainer.export import encoder_info, save_encoder
 from trainer.meter import Meter, OnMetrics, not_finite
 from trainer.optim import build_optimizer
 from trainer.step import train_step, unwrap
 from trainer.swav.model import MultiModalSwav
-from trainer.swav.queue import FeatureQueue, build_queue, few_samples_warning
+from trainer.swav.queue import FeatureQueue, build_queue
 
 if TYPE_CHECKING:
     from trainer.batches import Batch

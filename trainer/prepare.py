@@ -1,7 +1,7 @@
 """What a run needs from its dataset before the first step; imports no torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,9 +26,12 @@ class Prepared:
         return bands_digest(self.bands)
 
 
-def prepare(config: TrainConfig, run_dir: Path) -> Prepared:
+def prepare(
+    config: TrainConfig, run_dir: Path, progress: Callable[[int, int], None] | None = None
+) -> Prepared:
     """Identify the dataset and have its band statistics at hand, fitted into RUN/bands.json if the
-    configuration names no file. For one process of a run; the others call `load_bands`. Raises UserError.
+    configuration names no file. For one process of a run; the others call `load_bands`.
+    progress: see fit_bands. Raises UserError.
 
     A run that has a checkpoint keeps the statistics it began with; the fit is a function of dataset and
     configuration, so nothing is lost when it is made again.
@@ -37,12 +40,11 @@ def prepare(config: TrainConfig, run_dir: Path) -> Prepared:
         raise UserError("data.dataset is not set: name the folder of the dataset, data.dataset=FOLDER")
     fingerprint = dataset_fingerprint(config.data.dataset)
     path = run_dir / "bands.json"
-    begun = any((run_dir / "checkpoints").glob("step-*"))
-    if _needs_fit(config) and not (begun and path.is_file()):
+    if needs_fit(config, run_dir):
         with disk_full_is_clear("writing the band statistics"):
             run_dir.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f"bands.json.tmp-{new_attempt()}")
-            save_statistics(temporary, fit_bands(config))
+            save_statistics(temporary, fit_bands(config, progress=progress))
             temporary.rename(path)
     return Prepared(fingerprint, load_bands(config, run_dir))
 
@@ -62,5 +64,9 @@ def bands_digest(bands: Bands | None) -> str | None:
     return digest(*parts)
 
 
-def _needs_fit(config: TrainConfig) -> bool:
+def needs_fit(config: TrainConfig, run_dir: Path) -> bool:
+    """Whether `prepare` fits band statistics."""
+    begun = any((run_dir / "checkpoints").glob("step-*"))
+    if begun and (run_dir / "bands.json").is_file():
+        return False
     return config.views.energy_probability > 0 and config.views.band_statistics is None

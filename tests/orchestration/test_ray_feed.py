@@ -3,12 +3,13 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from orchestration.cluster import connected
-from orchestration.feed import Feed
+from orchestration.feed import Feed, rank_resources
 from shards.errors import UserError
 from trainer.batches import Batch
 
@@ -20,6 +21,11 @@ STEPS = 40
 def local_ray() -> Iterator[None]:
     with connected(cpus=4, object_store_bytes=150 * 2**20):
         yield
+
+
+class Holder:
+    def here(self) -> bool:
+        return True
 
 
 def counting(offset: int) -> Callable[[int], Batch]:
@@ -56,6 +62,20 @@ def test_killed_actors_change_nothing(local_ray):
                     os.kill(actor["pid"], signal.SIGKILL)
             check(feed(step), step)
         assert not before & {actor["pid"] for actor in feed.ready()}
+
+
+def test_actors_start_on_a_node_whose_cpus_are_all_taken(local_ray):
+    import ray  # after `connected`, which sets what it reads
+
+    # By the ranks, which reserve those of their actors as well.
+    holder: Any = ray.remote(Holder).options(num_cpus=4).remote()
+    try:
+        assert ray.get(holder.here.remote(), timeout=60)
+        with Feed(counting, (0,), feeders=2, stop=3) as feed:
+            assert len(feed.ready(timeout=60)) == 2
+    finally:
+        ray.kill(holder)
+    assert rank_resources(2, False) == {"CPU": 3} and rank_resources(1, True) == {"CPU": 2, "GPU": 1}
 
 
 def test_a_batch_is_a_copy_that_may_be_written_to(local_ray):

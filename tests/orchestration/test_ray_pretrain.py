@@ -81,7 +81,7 @@ def test_kills_of_an_actor_a_rank_and_the_driver_change_no_loss(data, undisturbe
         process.wait(timeout=60)
     assert len(rows(run_dir)) < STEPS
     assert jobs.run(command, log, ray_cluster.env) == 0, log.read_text()
-    assert "resumed" in log.read_text() or log.read_text().count("go on from step") >= 2
+    assert log.read_text().count("go on from step") >= 2
     assert losses(run_dir) == undisturbed
 
 

@@ -6,11 +6,11 @@ from pydantic import ValidationError
 from torch.nn.functional import normalize
 
 from shards.errors import UserError
-from trainer.config import ModelConfig, SwavConfig, TrainConfig, load_config
+from trainer.config import ModelConfig, SwavConfig, TrainConfig, few_samples_warning, load_config
 from trainer.optim import build_optimizer
 from trainer.step import as_groups, assign_codes, train_step
 from trainer.swav.model import MultiModalSwav, modality_slices
-from trainer.swav.queue import FeatureQueue, build_queue, few_samples_warning
+from trainer.swav.queue import FeatureQueue, build_queue
 from trainer.swav.sinkhorn import sinkhorn
 
 MODEL = ModelConfig(backbone="resnet-tiny", hidden_dim=16, feature_dim=8)

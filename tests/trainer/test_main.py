@@ -1,23 +1,27 @@
 """The command `python -m trainer` on a small real dataset: exit codes, signals, one line for a mistake."""
 
 import dataclasses
+import io
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
+from orchestration.pretrain_job import pretrain
 from shards.commit import commit_unit
 from shards.dataset import open_or_create
+from shards.errors import UserError
 from shards.ids import digest
 from shards.store import Store
 from tests.shards.make import info, samples
 from tests.trainer.fake import tiny
 from trainer import checkpoint, journal
 from trainer.__main__ import main
-from trainer.batches import BatchMaker
+from trainer.batches import BatchMaker, open_modality
 from trainer.config import TrainConfig, load_config
 from trainer.export import load_encoder
 from trainer.prepare import bands_digest, dataset_fingerprint, prepare
@@ -172,8 +176,54 @@ def test_every_world_size_trains_on_the_same_samples_in_the_same_steps(preset, t
         parts = [maker(step) for maker in makers]
         whole = BatchMaker(config, 0, 1, bands)(step)
         assert sorted(key for part in parts for key in part.keys) == sorted(whole.keys)
+        of = {
+            key: m
+            for m in config.data.modalities
+            for key in open_modality(config.data, m).table["key"].to_pylist()
+        }
         for part in parts:  # G14: equal subsets of each modality on every rank
-            assert len(part.keys) == config.data.batch_size // world
+            share = config.data.per_modality // world
+            assert Counter(of[key] for key in part.keys) == dict.fromkeys(config.data.modalities, share)
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("views.gamma=[-2, -1]", "must be above 0"),
+        ("views.gamma=[0, 1]", "must be above 0"),
+        ("views.gamma=[2, 1]", "must be a rising range"),
+        ("views.linear_gain=[3, 1]", "must be a rising range"),
+        ("views.linear_offset=[.nan, 1]", "must be a rising range"),
+        ("optim.momentum=1", "optim.momentum"),
+        ("optim.momentum=-0.1", "optim.momentum"),
+        ("optim.warmup_steps=100001", "optim.warmup_steps=100001 is more than max_steps"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_name(setting, text):
+    with pytest.raises(UserError, match=text):
+        load_config("paper-2d", [setting, "max_steps=100000"])
+
+
+def test_a_stop_during_the_fit_of_the_bands_exits_130_and_leaves_nothing(
+    preset, tmp_path, monkeypatch, capsys
+):
+    def fit(config, progress):
+        signal.raise_signal(signal.SIGTERM)
+        progress(1, 24)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr("trainer.prepare.fit_bands", fit)
+    assert main([*command(preset, tmp_path / "run")[3:], "--workers", "0"]) == 130
+    assert "stopped before the first step" in capsys.readouterr().err
+    result = pretrain(config_of(preset), tmp_path / "ray", stream=io.StringIO())
+    assert (result.exit_code, result.step) == (130, 0)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_fit_of_the_bands_tells_each_image(preset, tmp_path):
+    seen: list[tuple[int, int]] = []
+    prepare(config_of(preset), tmp_path, lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 24) for done in range(1, 25)]
 
 
 def test_the_paper_s_preset_is_table_one():

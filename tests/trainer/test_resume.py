@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,30 @@ def test_all_ranks_stop_after_the_same_step_and_another_world_size_goes_on(tmp_p
     assert len(losses(tmp_path)) == 12
 
 
+def _counted_rank(rank: int, world: int, run_dir: str, stop_step: int) -> tuple[list[float], list[Counter]]:
+    config = tiny(max_steps=7, checkpoint__every_steps=2, data__batch_size=12, swav__queue_length=24)
+    batches, counts = FakeBatches(config, rank, world), []
+
+    def next_batch(step: int) -> Batch:
+        batch = batches(step)
+        counts.append(Counter(key[:2] for key in batch.keys))
+        return batch
+
+    should_stop = stop_after(stop_step)
+    result = run(Path(run_dir), config, next_batch, rank=rank, world=world, should_stop=should_stop)
+    return result.losses, counts
+
+
+def test_three_ranks_go_on_exactly_with_equal_parts_of_each_modality(tmp_path):
+    straight = run_ranks(_counted_rank, 3, str(tmp_path / "straight"), 1000)
+    first = run_ranks(_counted_rank, 3, str(tmp_path / "stopped"), 3)
+    rest = run_ranks(_counted_rank, 3, str(tmp_path / "stopped"), 1000)
+    assert (len(first[0][0]), len(rest[0][0])) == (3, 4)
+    assert first[0][0] + rest[0][0] == straight[0][0]
+    for _, counts in first + rest:  # G14, before and after the resume, on every rank
+        assert counts and all(count == {"ct": 2, "xr": 2} for count in counts)
+
+
 def _refused_rank(rank: int, world: int, run_dir: str) -> str:
     with pytest.raises(UserError) as caught:
         run(Path(run_dir), tiny(seed=9), rank=rank, world=world)
@@ -246,7 +271,7 @@ def test_an_older_attempt_writes_nothing_once_a_newer_one_has_begun(tmp_path, st
             newer.append(run(tmp_path))
         return batches(step)
 
-    with pytest.raises(UserError, match="another process has continued this run .this is attempt 1."):
+    with pytest.raises(UserError, match="another process has continued this run"):
         run(tmp_path, next_batch=next_batch)
     assert newer[0].finished and newer[0].started_at == at // 3 * 3
     assert losses(tmp_path) == losses(straight)

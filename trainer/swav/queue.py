@@ -84,20 +84,5 @@ def build_queue(config: TrainConfig, device: torch.device | str = "cpu") -> Feat
     return FeatureQueue(length, n_modalities, len(config.swav.assign), config.model.feature_dim, device)
 
 
-def few_samples_warning(config: TrainConfig) -> str | None:
-    """A line when (B_m + queue) / K < .3: codes are then spread over hundreds of prototypes (method.md
-    3-G).
-    """
-    samples = config.data.per_modality + config.swav.queue_length // len(config.data.modalities)
-    ratio = samples / config.swav.prototypes
-    if ratio >= 0.3:
-        return None
-    return (
-        f"{samples} samples per modality (batch and queue) for {config.swav.prototypes} prototypes is a "
-        f"ratio of {ratio:.2f}, below .3: codes will be diffuse; raise swav.queue_length or lower "
-        f"swav.prototypes"
-    )
-
-
 def queue_part(queue: FeatureQueue, group: ProcessGroup | None) -> Tensor:
     return queue.part(*rank_and_world(group))
