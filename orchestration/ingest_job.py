@@ -240,9 +240,6 @@ class _Conversion:
                 raise UserError(text)
             self._fail(text)
             return
-        if result.inputs == 0:  # another driver has released the unit (ingest.plan)
-            self._fail("released")
-            return
         self._count(result)
 
     def _fail(self, kind: str) -> None:
@@ -250,6 +247,9 @@ class _Conversion:
         self._metrics.add("medswav_ingest_units_total", outcome="failed")
 
     def _count(self, result: "UnitResult") -> None:
+        if result.inputs == 0:  # another driver has released the unit (ingest.plan): nothing was converted
+            self._fail("released")
+            return
         metrics, summary = self._metrics, self._summary
         summary.committed += 1
         summary.bytes_in += result.bytes_in

@@ -6,8 +6,11 @@ import pytest
 
 from ingest.convert import run_unit
 from orchestration.cli_ingest import build_config
-from orchestration.ingest_job import IngestSummary, plan_job, run_ingest, summary_lines
+from orchestration.ingest_job import IngestSummary, _Conversion, plan_job, run_ingest, summary_lines
+from orchestration.metrics import Metrics
+from shards.commit import release_unit
 from shards.errors import UserError
+from shards.store import Store
 from tests.ingest.files import config, grey, write
 
 
@@ -64,6 +67,18 @@ def test_refused_images_with_a_risk_of_text_come_with_the_setting_that_takes_the
     assert "may hold names in their pixels" in risky and "`--set allow_burned_in=true`" in risky
     none = "\n".join(summary_lines(IngestSummary(quarantined={"constant": 2}), given[1]))
     assert "allow_burned_in" not in none
+
+
+def test_a_unit_that_another_driver_released_is_not_called_committed(given):
+    settings = given[1]
+    job = plan_job(settings, io.StringIO())
+    (unit,) = job.units
+    release_unit(Store(settings.output), unit.unit)
+    result = run_unit(unit, settings, job.pseudonymizer, settings.output, settings.output + "-scratch")
+    conversion = _Conversion.__new__(_Conversion)
+    conversion._metrics, conversion._summary = Metrics("ingest"), IngestSummary(units=1)
+    conversion._count(result)
+    assert conversion._summary.failed == {"released": 1} and conversion._summary.exit_code == 3
 
 
 def test_a_plan_has_no_output(tmp_path):
