@@ -15,7 +15,7 @@ from ingest.synthetic.refused import write_refused
 from ingest.synthetic.series import MODALITIES, Task, Written, write_patient
 from shards.errors import UserError
 
-PATIENTS = 96  # of each modality
+PATIENTS = 160  # of each modality
 LABELS = "labels.csv"
 IMAGES = "images/images.csv"
 

@@ -69,7 +69,7 @@ class _Body:
             contrast_hu=u(40, 120),
             noise_hu=u(10, 30),
             kernel=u(0.5, 0.8),
-            burden=u(240, 320),
+            burden=u(280, 360),
             radius=u(0.03, 0.042),
         )
 
@@ -95,8 +95,8 @@ def _slice(
     hu = hu * (1 - lungs) + lungs * (body.lung_hu + 40 * (y + 0.3))
     hu = _bones(hu, y, x, body, level)
     vessels = streaks(rng, shape, pick(rng, lungs, 14), 0.1 * shape[0], 0.012 * shape[0])
-    hu += 260 * vessels * lungs
-    hu += body.burden * finding(rng, lungs, positive, 20, body.radius * shape[0])
+    hu += 120 * vessels * lungs
+    hu += body.burden * finding(rng, lungs, positive, 20, body.radius * shape[0], mix=0.05)
     hu += ellipse(y, x, (0.93, 0), (0.02, 0.8)) * 250  # the table
     hu = blur(hu, body.kernel)
     return np.asarray(hu + body.noise_hu * noise(rng, shape, 0.7 * body.kernel), np.float32)

@@ -46,10 +46,10 @@ class _Chest:
             lung_height=u(0.68, 0.82),
             lung_width=u(0.34, 0.41),
             heart=u(0.75, 1.25),
-            ribs=u(0.03, 0.09),
+            ribs=u(0.02, 0.05),
             rib_pitch=u(0.17, 0.23),
             spine=u(0.08, 0.2),
-            burden=u(0.085, 0.12),
+            burden=u(0.12, 0.15),
             radius=u(0.03, 0.044),
         )
 
@@ -71,8 +71,8 @@ def _exposure(rng: Random, chest: _Chest, positive: bool) -> Image:
     for side in (-1, 1):
         image += 0.07 * ellipse(y, x, (-0.72 - 0.02 * side, side * 0.4), (0.03, 0.33), side * 0.25)
     vessels = streaks(rng, shape, pick(rng, lungs * (np.abs(x) < 0.5), 10), 0.15 * width, 0.012 * width)
-    image += 0.06 * vessels * lungs
-    image += chest.burden * finding(rng, lungs, positive, 20, chest.radius * width)
+    image += 0.03 * vessels * lungs
+    image += chest.burden * finding(rng, lungs, positive, 20, chest.radius * width, mix=0.05)
     return _film(rng, image.astype(np.float32), shape)
 
 
@@ -101,10 +101,10 @@ def _film(rng: Random, image: Image, shape: tuple[int, int]) -> Image:
     """Exposure, scatter, focal blur, quantum noise, and collimator shutters on some."""
     image = blur(image, rng.uniform(0.4, 0.7))
     image = image * (1 + 0.08 * noise(rng, shape, 0.5 * min(shape)))
-    image = np.clip(image, 0, None) ** rng.uniform(0.75, 1.35)
+    image = np.clip(image, 0, None) ** rng.uniform(0.85, 1.2)
     image = rng.uniform(0.55, 1.0) * image + rng.uniform(0.02, 0.2)
     image = image + rng.uniform(0.004, 0.01) * noise(rng, shape, 0.4)
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         edge = int(rng.integers(2, 7))
         frame = np.zeros(shape, np.float32)
         frame[edge:-edge, edge:-edge] = 1
