@@ -174,10 +174,7 @@ def demo(
         int | None,
         typer.Option(min=2, help="Generated patients of each modality; default: as in `make demo`."),
     ] = None,
-    repeats: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pretrainings with other seeds; default 3, for your own files 1."),
-    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Pretrainings, each with a seed of its own.")] = 1,
     address: Address = None,
 ) -> None:
     """The whole path: files to shards, a short pretraining, probes, one HTML report."""

@@ -30,7 +30,6 @@ from trainer.config import TrainConfig, load_config
 if TYPE_CHECKING:
     from orchestration.ingest_job import IngestSummary
 
-REPEATS = 3  # pretrainings of the generated demo: a lead must lie outside of their spread
 NO_LABELS = (
     "The probe was skipped because no labels were given: run again with --labels CSV "
     "(columns file and label) to have the encoder judged."
@@ -93,15 +92,14 @@ def demo(
     feeders: int = 1,
     address: str | None = None,
     patients: int | None = None,
-    repeats: int | None = None,
+    repeats: int = 1,
     seed: int = 0,
     stream: TextIO | None = None,
 ) -> int:
     """Run what is not yet done of the six steps; progress to `stream` (stderr), the result to stdout.
 
-    patients: of each modality, generated. repeats: pretrainings with other seeds, so that the scores have a
-    spread; default REPEATS for generated patients, 1 for own files. Returns the exit code: 0, or 130 when it
-    was stopped. Raises UserError.
+    patients: of each modality, generated. repeats: pretrainings with different seeds, so that the scores have
+    a spread of those too. Returns the exit code: 0, or 130 when it was stopped. Raises UserError.
     """
     from ingest.synthetic import PATIENTS
 
@@ -112,7 +110,7 @@ def demo(
         overrides=tuple(overrides),
         patients=PATIENTS if patients is None else patients,
         seed=seed,
-        repeats=repeats or (1 if sources else REPEATS),
+        repeats=repeats,
         ranks=ranks,
         feeders=feeders,
         address=address,
