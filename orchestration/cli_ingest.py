@@ -8,6 +8,7 @@ import typer
 import yaml
 
 from shards.errors import UserError
+from shards.settings import apply_override
 
 if TYPE_CHECKING:
     from ingest.config import IngestConfig
@@ -55,7 +56,7 @@ def build_config(
 
     settings = _read(config_file) if config_file is not None else {}
     for item in overrides or []:
-        _apply(settings, item)
+        apply_override(settings, item)
     settings["sources"] = [str(path.absolute()) for path in sources]
     settings["output"] = "" if output is None else str(output.absolute())
     if key is not None:
@@ -78,22 +79,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"the configuration {path} must be a mapping of settings")
     return loaded
-
-
-def _apply(settings: dict[str, Any], item: str) -> None:
-    name, separator, value = item.partition("=")
-    if not separator or not name:
-        raise UserError(f"--set {item!r}: write it as a.b=value")
-    *parents, leaf = name.split(".")
-    node = settings
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {name}: {parent} holds no settings below it")
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {name}: {value!r} is not a valid value") from None
 
 
 @app.command()

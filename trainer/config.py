@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shards.errors import UserError
+from shards.settings import apply_override
 
 Probability = float
 Range = tuple[float, float]
@@ -226,7 +227,7 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """A preset's name (or a YAML file) and `a.b=value` overrides to a config. Raises UserError."""
     tree = _read_tree(preset)
     for item in overrides:
-        _apply(tree, item)
+        apply_override(tree, item)
     try:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
@@ -294,22 +295,6 @@ def _read_tree(preset: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{preset} must hold a mapping of settings")
     return tree
-
-
-def _apply(tree: dict[str, Any], item: str) -> None:
-    name, separator, value = item.partition("=")
-    if not separator or not name:
-        raise UserError(f"--set {item!r}: write it as a.b=value")
-    *parents, leaf = name.split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {name}: {parent} holds no settings below it")
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {name}: {value!r} is not a valid value") from None
 
 
 def _first_problem(error: ValidationError) -> str:
