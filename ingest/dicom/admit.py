@@ -88,19 +88,22 @@ def admit_class(dataset: Dataset, rules: ReadRules) -> tuple[str, str]:
     return partition, code
 
 
-def admit(dataset: Dataset, syntax: str, rules: ReadRules) -> Admitted:
-    """Admit a whole header with its pixel element. Raises Refused with the reason."""
+def admit(dataset: Dataset, syntax: str, pixels: str, rules: ReadRules) -> Admitted:
+    """Admit a header. pixels: keyword of the pixel element, "" without. Raises Refused with the reason."""
     partition, code = admit_class(dataset, rules)
-    if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+    if not pixels:
         raise Refused(Reason.NO_PIXEL_DATA, partition)
     if syntax not in SUPPORTED:
         raise Refused(Reason.TRANSFER_SYNTAX, partition)
     rows, columns, frames, samples = _declared(dataset, partition)
+    if pixels != "PixelData":
+        raise Refused(Reason.BAD_PIXEL_DESCRIPTION, partition)
     frame_pixels = rows * columns * samples
     if frame_pixels > rules.max_frame_pixels or frame_pixels * frames > rules.max_pixels:
         raise Refused(Reason.TOO_LARGE, partition)
     types = set(header.texts(dataset, "ImageType"))
-    if types & _SCREEN_TYPES or (code == "CT" and ("LOCALIZER" in types or samples > 1)):
+    palette = header.text(dataset, "PhotometricInterpretation").upper() == "PALETTE COLOR"
+    if types & _SCREEN_TYPES or (code == "CT" and ("LOCALIZER" in types or samples > 1 or palette)):
         # A CT localizer is a projection and a colour CT a rendering: neither is a slice in HU.
         raise Refused(Reason.DERIVED, partition)
     if min(rows, columns) < rules.min_side:
@@ -138,7 +141,6 @@ def _declared(dataset: Dataset, partition: str) -> tuple[int, int, int, int]:
         and 2 <= stored <= allocated
         and representation in (0, 1)
         and (high is None or stored - 1 <= high < allocated)
-        and "PixelData" in dataset
     )
     if not good or rows is None or columns is None:
         raise Refused(Reason.BAD_PIXEL_DESCRIPTION, partition)

@@ -35,16 +35,18 @@ class Region:
 
 def group_item(dataset: Dataset, index: int, sequence: str) -> Dataset | None:
     """The first item of a functional group macro: per frame, else shared (PS3.3 C.7.6.16)."""
-    groups = header.items(dataset, "PerFrameFunctionalGroupsSequence")[index : index + 1]
-    for group in groups + header.items(dataset, "SharedFunctionalGroupsSequence")[:1]:
-        found = header.items(group, sequence)
-        if found:
-            return found[0]
+    for group in (
+        header.item(dataset, "PerFrameFunctionalGroupsSequence", index),
+        header.item(dataset, "SharedFunctionalGroupsSequence"),
+    ):
+        found = None if group is None else header.item(group, sequence)
+        if found is not None:
+            return found
     return None
 
 
 def is_enhanced(dataset: Dataset) -> bool:
-    return bool(header.items(dataset, "PerFrameFunctionalGroupsSequence"))
+    return header.item(dataset, "PerFrameFunctionalGroupsSequence") is not None
 
 
 def frame_geometry(dataset: Dataset, index: int) -> Row:
@@ -70,7 +72,8 @@ def frame_geometry(dataset: Dataset, index: int) -> Row:
 def ultrasound_region(dataset: Dataset, rows: int, columns: int) -> Region | None:
     """The largest 2D tissue region, else the largest of any kind (PS3.3 C.8.5.5); None without one.
 
-    One that crops the frame goes before one that does not.
+    One that crops the frame goes before one that does not. Of several images on one screen (a duplex, a
+    biplane view) one is kept: a frame of the source is one sample, so that keys and frames stay one to one.
     """
     regions = []
     for item in header.items(dataset, "SequenceOfUltrasoundRegions"):

@@ -2,19 +2,21 @@
 
 import logging
 import math
+import os
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 
+from ingest.dicom.element import PixelElement, locate
 from ingest.frames import Refused
 from ingest.sniff import has_preamble
 from shards.schema import Reason
@@ -44,36 +46,58 @@ def open_dataset(
     path: str | Path,
     limit: int,
     tags: Iterable[str] | None = None,
-    pixels: bool = True,
+    pixels: bool = False,
 ) -> tuple[Dataset, str]:
-    """Data set and transfer syntax UID of a Part 10 file.
+    """Data set and transfer syntax UID of a Part 10 file; pixels: with the whole pixel element.
 
     limit: bytes that a deflated data set may inflate to. tags: keywords to read, None for all.
     Raises Refused: NO_PART10_HEADER, UNREADABLE, TOO_LARGE.
     """
     with open(path, "rb") as file:
-        head = file.read(_META_BYTES)
-        if not has_preamble(head):
-            raise Refused(Reason.NO_PART10_HEADER)
-        file.seek(0)
-        deflated = (
-            b"\x16\x00" + DEFLATED.encode() in head
-        )  # 22 bytes: a value length of two bytes, then the UID
-        source: Any = _inflated(file.read(), limit) if deflated else file
-        try:
-            dataset = pydicom.dcmread(
-                source, stop_before_pixels=not pixels, specific_tags=list(tags) if tags else None
-            )
-        except (MemoryError, KeyboardInterrupt):
-            raise
-        except InvalidDicomError:
-            raise Refused(Reason.UNREADABLE) from None
-        except Exception:  # noqa: BLE001 - a hostile header can raise anything out of the parser
-            raise Refused(Reason.UNREADABLE) from None
+        dataset, syntax, _ = _parse(file, limit, tags, pixels)
+    return dataset, syntax
+
+
+def open_image(file: BinaryIO, limit: int) -> tuple[Dataset, str, PixelElement | None]:
+    """Data set without pixels, transfer syntax UID, and where the pixels lie in `file`, which stays open.
+
+    Raises Refused as open_dataset.
+    """
+    dataset, syntax, source = _parse(file, limit, None, False)
+    implicit, little = dataset.original_encoding
+    size = len(source.getbuffer()) if isinstance(source, BytesIO) else os.fstat(file.fileno()).st_size
+
+    def extended() -> bytes:
+        found = value(dataset, "ExtendedOffsetTable")
+        return found if isinstance(found, bytes) else b""
+
+    return dataset, syntax, locate(source, size, not implicit, little is not False, extended)
+
+
+def _parse(
+    file: BinaryIO, limit: int, tags: Iterable[str] | None, pixels: bool
+) -> tuple[Dataset, str, BinaryIO]:
+    """Data set, syntax and the stream it was read from, which stands before the pixel element."""
+    head = file.read(_META_BYTES)
+    if not has_preamble(head):
+        raise Refused(Reason.NO_PART10_HEADER)
+    file.seek(0)
+    deflated = b"\x16\x00" + DEFLATED.encode() in head  # 22 bytes: a value length of two bytes, then the UID
+    source: BinaryIO = _inflated(file.read(), limit) if deflated else file
+    try:
+        dataset = pydicom.dcmread(
+            source, stop_before_pixels=not pixels, specific_tags=list(tags) if tags else None
+        )
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except InvalidDicomError:
+        raise Refused(Reason.UNREADABLE) from None
+    except Exception:  # noqa: BLE001 - a hostile header can raise anything out of the parser
+        raise Refused(Reason.UNREADABLE) from None
     syntax = str(getattr(dataset, "file_meta", {}).get("TransferSyntaxUID", "") or "")
     if not syntax:
         raise Refused(Reason.NO_PART10_HEADER)
-    return dataset, DEFLATED if deflated else syntax
+    return dataset, DEFLATED if deflated else syntax, source
 
 
 def _inflated(data: bytes, limit: int) -> BytesIO:
@@ -162,3 +186,14 @@ def items(dataset: Dataset, keyword: str) -> list[Dataset]:
         return [item for item in found if isinstance(item, Dataset)]
     except TypeError:
         return []
+
+
+def item(dataset: Dataset, keyword: str, index: int = 0) -> Dataset | None:
+    """One item of a sequence; None where there is none. Does not look at the others."""
+    found = value(dataset, keyword)
+    if found is None or isinstance(found, str | bytes):
+        return None
+    try:
+        return found[index] if isinstance(found[index], Dataset) else None
+    except (TypeError, IndexError, KeyError):
+        return None

@@ -9,7 +9,7 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut
 
 from ingest.dicom import header
-from ingest.dicom.syntaxes import decode_raw
+from ingest.dicom.syntaxes import Pixels, decode_raw
 from ingest.frames import Refused
 from ingest.values import AIR_HU, HIGHEST_HU
 from shards.schema import Reason
@@ -36,15 +36,16 @@ class Stored:
     was_color: bool
 
 
-def read_frame(dataset: Dataset, syntax: str, index: int, frames: int, code: str, values: Values) -> Stored:
+def read_frame(dataset: Dataset, source: Pixels, index: int, code: str, values: Values) -> Stored:
     """Decode frame `index` and bring it to its stored form.
 
     CT: int16 Hounsfield units, never windowed. All others: stored values, larger = brighter.
-    Raises Refused (DERIVED and BAD_PIXEL_DESCRIPTION: see check_hounsfield) and whatever the codecs raise.
+    Raises Refused (UNREADABLE: cut off; DERIVED and BAD_PIXEL_DESCRIPTION: see check_hounsfield) and
+    whatever the codecs raise.
     """
     if code == "CT":
         check_hounsfield(dataset, values)
-    raw, photometric = decode_raw(dataset, syntax, index, frames)
+    raw, photometric = decode_raw(source, index)
     bits = header.integer(dataset, "BitsStored") or int(dataset.BitsAllocated)
     signed = bool(header.integer(dataset, "PixelRepresentation"))
     high = header.integer(dataset, "HighBit")

@@ -12,7 +12,7 @@ from ingest.dicom import header
 from ingest.dicom.admit import Admitted, admit
 from ingest.dicom.geometry import frame_geometry, group_item, is_enhanced, ultrasound_region
 from ingest.dicom.pixels import Stored, Values, has_modality_lut, mirrored, read_frame
-from ingest.dicom.syntaxes import LOSSY, is_truncated
+from ingest.dicom.syntaxes import LOSSY, Pixels, describe
 from ingest.frames import Frame, Item, Refusal, Refused
 from ingest.values import check_pixels, limited, spread
 from shards.schema import Reason, Row
@@ -28,19 +28,30 @@ class _Source:
     """One opened and admitted file."""
 
     dataset: Dataset
-    syntax: str
+    pixels: Pixels
     facts: Admitted
     rules: ReadRules
 
 
 def read_dicom(path: str, rules: ReadRules) -> Iterator[Item]:
-    """Frames and refusals of one file. Raises Refused for the whole file."""
-    dataset, syntax = header.open_dataset(path, limit=4 * rules.max_frame_pixels)
-    source = _Source(dataset, syntax, admit(dataset, syntax, rules), rules)
+    """Frames and refusals of one file. Raises Refused for the whole file.
+
+    Only the frame at hand is in memory, whatever the file holds; a deflated file is inflated to a limit.
+    """
+    with open(path, "rb") as file:
+        dataset, syntax, element = header.open_image(file, limit=4 * rules.max_frame_pixels)
+        facts = admit(dataset, syntax, "" if element is None else element.keyword, rules)
+        assert element is not None  # admitted
+        pixels = describe(dataset, element, syntax, facts.frames)
+        yield from _frames(_Source(dataset, pixels, facts, rules))
+
+
+def _frames(source: _Source) -> Iterator[Item]:
+    dataset, frames = source.dataset, source.facts.frames
     texts, identifiers = _texts(dataset), _identifiers(dataset)
-    frames = source.facts.frames
     # The frames of an enhanced object are slices, all wanted; those of a cine are much alike.
-    for index in range(frames) if is_enhanced(dataset) else spread(frames, rules.frames_per_cine):
+    every = range(frames) if is_enhanced(dataset) else spread(frames, source.rules.frames_per_cine)
+    for index in every:
         try:
             yield _frame(source, index, texts, identifiers)
         except Refused as refused:
@@ -50,10 +61,8 @@ def read_dicom(path: str, rules: ReadRules) -> Iterator[Item]:
 def _frame(source: _Source, index: int, texts: dict[str, str], identifiers: dict[str, str]) -> Frame:
     dataset, facts, rules = source.dataset, source.facts, source.rules
     values = _values(dataset, index)
-    if is_truncated(dataset, source.syntax, index):
-        raise Refused(Reason.UNREADABLE)
     try:
-        stored = read_frame(dataset, source.syntax, index, facts.frames, facts.code, values)
+        stored = read_frame(dataset, source.pixels, index, facts.code, values)
     except (Refused, MemoryError):
         raise
     except Exception:  # noqa: BLE001 - the codecs raise anything on damaged data; their texts may hold PHI
@@ -83,11 +92,11 @@ def _source_columns(source: _Source, stored: Stored, values: Values) -> Row:
         "photometric": photometric if photometric in _PHOTOMETRICS else None,
         "inverted": stored.inverted,
         "was_color": stored.was_color,
-        "lossy_source": source.syntax in LOSSY or declared_lossy,
+        "lossy_source": source.pixels.syntax in LOSSY or declared_lossy,
         "rescale_slope": None if has_lut else values.slope,
         "rescale_intercept": None if has_lut else values.intercept,
         "sop_class": source.facts.sop_class,
-        "transfer_syntax": source.syntax,
+        "transfer_syntax": source.pixels.syntax,
     }
 
 

@@ -4,7 +4,7 @@ Everything decodes to raw samples: no colour conversion, no shifts (see pixels.p
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,10 +14,12 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
+from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID
 
+from ingest.dicom import header
+from ingest.dicom.element import PixelElement
 from ingest.dicom.header import DEFLATED
 from shards.errors import UserError
 
@@ -79,41 +81,78 @@ def check_decoders() -> None:
         raise UserError(f"decoders are missing: run pip install {' '.join(missing)}")
 
 
-def is_truncated(dataset: Dataset, syntax: str, index: int) -> bool:
-    """Whether an uncompressed file ends before its frame `index` does."""
-    if syntax not in NATIVE:
-        return False
-    size = _frame_size(dataset)
-    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422":
-        size = size * 2 // 3
-    return len(dataset.PixelData) < (index + 1) * size
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels of one file: where they lie and how its header describes them (admitted before)."""
+
+    element: PixelElement
+    syntax: str
+    frames: int
+    options: dict[str, Any]  # names and values of pydicom's decoding options
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of an uncompressed frame; of YBR_FULL_422 as it is packed."""
+        o = self.options
+        size = o["rows"] * o["columns"] * o["samples_per_pixel"] * o["bits_allocated"] // 8
+        return size * 2 // 3 if o["photometric_interpretation"] == "YBR_FULL_422" else size
+
+    def native(self, index: int) -> bytes:
+        return self.element.native(index, self.frame_bytes, self.options["bits_allocated"] == 8)
+
+    def encoded(self, index: int) -> bytes:
+        # No lossless codestream is much longer than its samples.
+        return self.element.encoded(index, self.frames, 4 * self.frame_bytes + (1 << 20))
 
 
-def decode_raw(dataset: Dataset, syntax: str, index: int, frames: int) -> tuple[NDArray, str]:
+def describe(dataset: Dataset, element: PixelElement, syntax: str, frames: int) -> Pixels:
+    """Pixels of an admitted data set."""
+    allocated = int(dataset.BitsAllocated)
+    options = {
+        "rows": int(dataset.Rows),
+        "columns": int(dataset.Columns),
+        "samples_per_pixel": int(dataset.get("SamplesPerPixel", 1) or 1),
+        "photometric_interpretation": header.text(dataset, "PhotometricInterpretation").upper(),
+        "bits_allocated": allocated,
+        "bits_stored": header.integer(dataset, "BitsStored") or allocated,
+        "pixel_representation": header.integer(dataset, "PixelRepresentation") or 0,
+        "planar_configuration": header.integer(dataset, "PlanarConfiguration") or 0,
+        "number_of_frames": 1,
+        "pixel_keyword": "PixelData",
+    }
+    return Pixels(element, syntax, frames, options)
+
+
+def decode_raw(pixels: Pixels, index: int) -> tuple[NDArray, str]:
     """Raw samples of frame `index`, array [rows, columns] or [rows, columns, 3], and their photometric.
 
     The photometric is that of the returned samples (a J2K YBR_ICT comes out as RGB). Samples of a JPEG-LS
     or J2K stream whose signedness contradicts the header are made to agree with it; unused bits are left
-    alone. Raises anything the codecs raise.
+    alone. Raises Refused for a frame that is cut off, and anything the codecs raise.
     """
-    own = _own_decoder(dataset, syntax, index, frames)
+    syntax, photometric = pixels.syntax, pixels.options["photometric_interpretation"]
+    if syntax in NATIVE:
+        return _samples(pixels, pixels.native(index)), photometric
+    stream = pixels.encoded(index)
+    own = _own_decoder(pixels, stream)
     if own is not None:
-        return own, str(dataset.PhotometricInterpretation)
-    decoder = get_decoder(UID(syntax if syntax != DEFLATED else _PREFIX + ".1"))
+        return own, photometric
+    decoder = get_decoder(UID(syntax))
+    source = encapsulate([stream], has_bot=False)
     # pydicom's own masking takes HighBit for BitsStored - 1.
-    options: dict[str, Any] = {"index": index, "raw": True, "correct_unused_bits": False}
+    options = pixels.options | {"index": 0, "raw": True, "correct_unused_bits": False}
     plugin = PREFERRED.get(syntax, "")
     with _panics_as_errors():
         try:
-            array, meta = decoder.as_array(dataset, decoding_plugin=plugin, **options)
+            array, meta = decoder.as_array(source, decoding_plugin=plugin, **options)
         except (RuntimeError, ValueError, NotImplementedError):
             if not plugin:
                 raise
-            array, meta = decoder.as_array(dataset, **options)
+            array, meta = decoder.as_array(source, **options)
     photometric = str(meta["photometric_interpretation"])
     if syntax in (JPEG_BASELINE, JPEG_EXTENDED) and photometric.startswith("YBR") and array.ndim == 3:
         # With an Adobe marker that says YCbCr, libjpeg has converted already.
-        photometric = "RGB" if _adobe_transform(_frame_bytes(dataset, index, frames)) == 1 else photometric
+        photometric = "RGB" if _adobe_transform(stream) == 1 else photometric
     return array, photometric
 
 
@@ -128,42 +167,34 @@ def _panics_as_errors() -> Iterator[None]:
         raise
 
 
-def _own_decoder(dataset: Dataset, syntax: str, index: int, frames: int) -> NDArray | None:
+def _own_decoder(pixels: Pixels, stream: bytes) -> NDArray | None:
     """Decoders beside pydicom's: 12-bit JPEG, JPEG XL, deflated frames, encapsulated native frames."""
-    decode: Callable[[bytes], NDArray]
-    if syntax == JPEG_EXTENDED and dataset.BitsStored > 8:
-        decode = imagecodecs.jpeg_decode
-    elif syntax in JPEG_XL:
-        decode = imagecodecs.jpegxl_decode
-    elif syntax == DEFLATED_FRAMES:
-        size = _frame_size(dataset)
-        return _native(
-            dataset,
-            zlib.decompressobj(-zlib.MAX_WBITS).decompress(_frame_bytes(dataset, index, frames), size),
-        )
-    elif syntax == ENCAPSULATED_NATIVE:
-        return _native(dataset, _frame_bytes(dataset, index, frames))
-    else:
-        return None
-    return np.asarray(decode(_frame_bytes(dataset, index, frames)))
+    if pixels.syntax == JPEG_EXTENDED and pixels.options["bits_stored"] > 8:
+        return np.asarray(imagecodecs.jpeg_decode(stream))
+    if pixels.syntax in JPEG_XL:
+        return np.asarray(imagecodecs.jpegxl_decode(stream))
+    if pixels.syntax == DEFLATED_FRAMES:
+        return _samples(pixels, zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream, pixels.frame_bytes))
+    if pixels.syntax == ENCAPSULATED_NATIVE:
+        return _samples(pixels, stream)
+    return None
 
 
-def _frame_bytes(dataset: Dataset, index: int, frames: int) -> bytes:
-    return get_frame(dataset.PixelData, index, number_of_frames=frames)
-
-
-def _frame_size(dataset: Dataset) -> int:
-    samples = int(dataset.get("SamplesPerPixel", 1))
-    return int(dataset.Rows) * int(dataset.Columns) * samples * int(dataset.BitsAllocated) // 8
-
-
-def _native(dataset: Dataset, data: bytes) -> NDArray:
-    """Little endian samples of one uncompressed frame."""
-    samples, shape = int(dataset.get("SamplesPerPixel", 1)), (int(dataset.Rows), int(dataset.Columns))
-    flat = np.frombuffer(data[: _frame_size(dataset)], f"<u{int(dataset.BitsAllocated) // 8}")
+def _samples(pixels: Pixels, data: bytes) -> NDArray:
+    """Samples of one uncompressed frame, [rows, columns] or [rows, columns, 3], in this machine's order."""
+    o = pixels.options
+    shape, samples = (o["rows"], o["columns"]), o["samples_per_pixel"]
+    order = ">" if pixels.element.big_endian else "<"
+    flat = np.frombuffer(data[: pixels.frame_bytes], f"{order}u{o['bits_allocated'] // 8}")
+    flat = flat.astype(flat.dtype.newbyteorder("="), copy=False)
+    if o["photometric_interpretation"] == "YBR_FULL_422":
+        # Two pixels are Y Y Cb Cr (PS3.3 C.7.6.3.1.2).
+        packed = flat.reshape(shape[0], shape[1] // 2, 4)
+        luma = packed[..., :2].reshape(shape)
+        return np.stack([luma, *(np.repeat(packed[..., c], 2, axis=1) for c in (2, 3))], -1)
     if samples == 1:
         return flat.reshape(shape)
-    if int(dataset.get("PlanarConfiguration", 0)) == 1:
+    if o["planar_configuration"] == 1:
         return np.moveaxis(flat.reshape(samples, *shape), 0, -1)
     return flat.reshape(*shape, samples)
 
