@@ -20,9 +20,9 @@ from shards.commit import Commit, EncodedSample, QuarantineRow, commit_unit, fin
 from shards.dataset import DatasetInfo, to_json
 from shards.errors import UserError
 from shards.ids import Pseudonymizer
+from shards.objects import open_store
 from shards.schema import FORMAT_VERSION, Reason, Row, catalog_schema, check_row
 from shards.stats import pixel_digest, pixel_statistics
-from shards.store import Store
 
 
 @dataclass
@@ -65,7 +65,7 @@ def run_unit(
     reader: by default the one of this process. Raises UserError where the output or the scratch cannot be
     written, SourceChangedError where an input is not what was planned; no other input raises.
     """
-    store = Store(root)
+    store = open_store(root)
     standing = find_commit(store, unit.unit)
     if standing is not None:
         return _result(unit, standing)

@@ -12,8 +12,8 @@ from ingest.tables import read_rows
 from shards import catalog
 from shards.errors import UserError
 from shards.ids import Pseudonymizer
+from shards.objects import open_store
 from shards.schema import Split
-from shards.store import Store
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _LONGEST_LABEL, _MOST_LABELS = 64, 1000
@@ -82,7 +82,7 @@ def join_labels(
     if "split" in columns:
         arrays["split"] = [labelled[key][1] or "" for key in order]
     result = pa.table({n: pa.array(v, pa.string()) for n, v in arrays.items()})
-    catalog.write_labels(Store(root), name, result)
+    catalog.write_labels(open_store(root), name, result)
     return result.replace_schema_metadata({"unmatched": str(unmatched)})
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from ingest.config import IngestConfig
 from shards.dataset import NAME
 from shards.errors import UserError
+from shards.objects import ObjectStore, is_url
 from shards.store import TEMPORARY_PREFIX
 
 _HARMLESS = frozenset({"lost+found"})  # of a file system of its own
@@ -13,6 +14,11 @@ _HARMLESS = frozenset({"lost+found"})  # of a file system of its own
 
 def check_output(config: IngestConfig) -> None:
     """Raises UserError where the output is, or holds, a source, or is a folder of other files."""
+    if is_url(config.output):
+        store = ObjectStore(config.output)
+        if not store.exists(NAME) and not store.is_empty():
+            raise UserError(f"{config.output} is not empty and no dataset: choose an empty or new prefix")
+        return
     output = Path(os.path.realpath(config.output))
     for source in config.sources:
         if Path(os.path.realpath(source)).is_relative_to(output):
@@ -35,6 +41,6 @@ def check_output(config: IngestConfig) -> None:
 def not_inputs(config: IngestConfig) -> frozenset[str]:
     """Real paths of the key, wherever it lies: a secret is never an input."""
     paths = [config.key_file] if config.key_file else []
-    if config.output:
+    if config.output and not is_url(config.output):
         paths.append(os.path.abspath(config.output) + ".key")  # noqa: PTH100 - what orchestration.keys makes
     return frozenset(os.path.realpath(path) for path in paths)

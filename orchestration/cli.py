@@ -14,6 +14,7 @@ import typer
 from orchestration import cli_ingest
 from orchestration.cluster import JobFailedError
 from shards.errors import UserError
+from shards.objects import location
 
 Address = Annotated[
     str | None,
@@ -59,7 +60,7 @@ def pretrain(
     from orchestration.pretrain_job import pretrain
     from trainer.config import load_config, text_setting
 
-    config = load_config(preset, [*(set_ or []), text_setting("data.dataset", dataset.absolute())])
+    config = load_config(preset, [*(set_ or []), text_setting("data.dataset", location(dataset))])
     result = pretrain(
         config,
         run_dir,
@@ -117,7 +118,7 @@ def fit_bands(
     from trainer.config import load_config, text_setting
     from trainer.files import disk_full_is_clear
 
-    config = load_config(preset, [*(set_ or []), text_setting("data.dataset", dataset.absolute())])
+    config = load_config(preset, [*(set_ or []), text_setting("data.dataset", location(dataset))])
     if output.exists():
         raise UserError(f"{output} exists already: choose another name, or remove it")
     statistics = fit_bands(config, images)

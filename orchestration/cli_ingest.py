@@ -8,6 +8,7 @@ import typer
 import yaml
 
 from shards.errors import UserError
+from shards.objects import location
 from shards.settings import apply_override
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ Table = Annotated[
     typer.Option(help="CSV that lists images (columns file, modality, patient, label); may be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Dataset = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset folder.")]
+Dataset = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset: folder, s3://..., gs://...")]
 
 
 def build_config(
@@ -58,7 +59,7 @@ def build_config(
     for item in overrides or []:
         apply_override(settings, item)
     settings["sources"] = [str(path.absolute()) for path in sources]
-    settings["output"] = "" if output is None else str(output.absolute())
+    settings["output"] = "" if output is None else location(output)
     if key is not None:
         settings["key_file"] = str(key)
     if site is not None:
@@ -99,7 +100,11 @@ def plan(
 @app.command()
 def run(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE... OUT", help="Source folders, then the dataset.")
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE... OUT",
+            help="Source folders, then the dataset: a folder, s3://BUCKET/PREFIX, gs://...",
+        ),
     ],
     key: Key = None,
     site: Site = None,

@@ -20,6 +20,7 @@ from orchestration.cluster import StopFlag, connected, pin_threads, process_fold
 from orchestration.metrics import Metrics, endpoint
 from orchestration.progress import Progress, format_seconds
 from shards.errors import UserError
+from shards.objects import is_url, location
 
 if TYPE_CHECKING:
     from ingest.config import IngestConfig
@@ -89,9 +90,10 @@ def run_ingest(
         if job.units and not stop:
             count = workers or os.cpu_count() or 1
             metrics = Metrics("ingest")
+            folder = None if is_url(config.output) else Path(config.output)
             with (
                 connected(address, cpus=count, verbose=verbose) as cluster,
-                endpoint(metrics, Path(config.output), "ingest", metrics_port, metrics_host) as url,
+                endpoint(metrics, folder, "ingest", metrics_port, metrics_host) as url,
             ):
                 say(f"ingest: {len(job.units)} units on {count} workers; metrics at {url}")
                 convert = _Conversion(job, config, cluster.folder, metrics, summary)
@@ -126,10 +128,10 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     from ingest.plan import plan_units
     from shards import dataset
     from shards.ids import Pseudonymizer
-    from shards.store import Store
+    from shards.objects import open_store
 
     check_output(config)
-    store = Store(config.output)
+    store = open_store(config.output)
     new_key = keys.must_be_made(config.key_file, config.output)
     if not new_key:
         info = dataset_info(config, Pseudonymizer(keys.read(config.key_file, config.output), config.site))
@@ -177,7 +179,7 @@ class _Conversion:
         import ray
 
         self._job, self._metrics, self._summary = job, metrics, summary
-        output = str(Path(config.output).absolute())
+        output = location(config.output)
         # By reference: the key is then in the object store alone, and in no task's description.
         self._common = ray.put((config.model_dump_json(), job.pseudonymizer, output, scratch))
         self._task = ray.remote(_convert).options(

@@ -45,10 +45,10 @@ def status_report(dataset: Path, as_json: bool) -> str:
     from shards import catalog
     from shards.commit import list_commits
     from shards.dataset import read_info
+    from shards.objects import open_store
     from shards.plan import read_plans
-    from shards.store import Store
 
-    store = Store(dataset)
+    store = open_store(dataset)
     info = read_info(store)
     commits = list_commits(store)
     planned = {unit.unit for unit in read_plans(store)}
@@ -109,9 +109,9 @@ def label_report(
     from ingest.labels import join_labels
     from shards.dataset import read_info
     from shards.ids import Pseudonymizer
-    from shards.store import Store
+    from shards.objects import open_store
 
-    info = read_info(Store(dataset))
+    info = read_info(open_store(dataset))
     names = Pseudonymizer(keys.read(key, dataset), site or "")
     if names.key_id != info.key_id:
         raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.ids import KEY_VARIABLE, create_key, load_key
+from shards.objects import is_url
 
 
 def beside(dataset: str | Path) -> Path:
@@ -19,8 +20,10 @@ def beside(dataset: str | Path) -> Path:
 
 
 def must_be_made(file: str | Path | None, dataset: str | Path) -> bool:
-    """Whether a first run without any key has to make one."""
+    """Whether a first run without any key has to make one; never for a dataset in an object store."""
     given = file is not None or bool(os.environ.get(KEY_VARIABLE))
+    if is_url(dataset):
+        return False
     return not (given or beside(dataset).exists() or (Path(dataset) / "dataset.json").exists())
 
 
@@ -43,6 +46,11 @@ def read(file: str | Path | None, dataset: str | Path) -> bytes:
         return load_key(file)
     if os.environ.get(KEY_VARIABLE):
         return load_key(None)
+    if is_url(dataset):
+        raise UserError(
+            f"a dataset in an object store needs --key FILE or {KEY_VARIABLE}: no key is made or "
+            "looked for there; make one with `ingest key FILE`"
+        )
     if not beside(dataset).exists():
         raise UserError(
             f"the key of this dataset is neither given with --key, nor in {KEY_VARIABLE}, nor in "

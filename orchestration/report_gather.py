@@ -26,7 +26,7 @@ from shards import catalog
 from shards.codec import MAXIMUM_REDUCE, get_codec
 from shards.commit import list_commits
 from shards.dataset import read_info
-from shards.store import Store
+from shards.objects import open_store
 from shards.tar import ShardReader
 from trainer import journal
 from trainer.augment.bands import load_statistics
@@ -50,7 +50,7 @@ def gather(dataset: Path, run_dir: Path, results: Mapping[str, Any], about: Mapp
         generated=bool(about["generated"]),
         date=str(about["date"]),
         counts=counts(dataset, config),
-        inputs=sum(commit.counts["inputs"] for commit in list_commits(Store(dataset))),
+        inputs=sum(commit.counts["inputs"] for commit in list_commits(open_store(dataset))),
         refusals=refusals(dataset),
         samples=tuple(_samples(dataset, config)),
         views=views(dataset, run_dir, config),
@@ -199,7 +199,7 @@ def seed_note(results: Mapping[str, Any]) -> str:
 
 
 def _facts(dataset: Path) -> dict[str, str]:
-    info = read_info(Store(dataset))
+    info = read_info(open_store(dataset))
     return {
         "Dataset fingerprint": info.fingerprint,
         "Key id": info.key_id,

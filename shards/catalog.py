@@ -2,26 +2,28 @@
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 
 from shards import parquet
 from shards.commit import list_commits
 from shards.dataset import read_info
 from shards.errors import UserError
+from shards.objects import open_store
 from shards.schema import QUARANTINE_SCHEMA, Split, catalog_schema
 from shards.store import Store, clear_errors
 
+_REQUESTS_AT_ONCE = 16  # of an object store
 _LABELS_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def _open(root: str | Path | Store) -> Store:
     """The store of a dataset. Raises UserError where there is none."""
-    store = root if isinstance(root, Store) else Store(root)
+    store = root if isinstance(root, Store) else open_store(root)
     read_info(store)
     return store
 
@@ -43,16 +45,30 @@ def load(
     if not files:
         return schema.empty_table().select(wanted)
     read = list(dict.fromkeys([*wanted, "key"]))
-    paths = [str(store.local(file.path)) for file in files]
     with clear_errors(store.root):
         try:
-            source = pads.dataset(paths, schema=schema, format="parquet")
-            table = source.to_table(read, filter=None if split is None else pc.field("split") == split)
+            table = _read_catalogs(store, [f.path for f in files], schema, read, split)
         except (FileNotFoundError, pa.ArrowInvalid):
             raise UserError(
                 f"{store.root}: a catalogue file is missing or damaged: run ingest verify"
             ) from None
     return table.sort_by("key").select(wanted).combine_chunks()
+
+
+def _read_catalogs(
+    store: Store, names: list[str], schema: pa.Schema, columns: list[str], split: str | None
+) -> pa.Table:
+    chosen = None if split is None else pc.field("split") == split
+    if not store.remote:
+        paths = [str(store.local(name)) for name in names]
+        return pads.dataset(paths, schema=schema, format="parquet").to_table(columns, filter=chosen)
+
+    def one(name: str) -> pa.Table:  # whole, in one request: a part is small
+        part = pads.ParquetFileFormat().make_fragment(pa.BufferReader(store.read(name)))
+        return part.to_table(schema=schema, columns=columns, filter=chosen)
+
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        return pa.concat_tables(pool.map(one, names))
 
 
 def counts(root: str | Path | Store) -> dict[str, dict[str, int]]:
@@ -71,7 +87,7 @@ def quarantine(root: str | Path | Store) -> pa.Table:
     store = _open(root)
     files = [c.quarantine for c in list_commits(store) if c.quarantine]
     with clear_errors(store.root):
-        tables = [pq.read_table(store.local(f.path), partitioning=None) for f in files]
+        tables = [parquet.read(store, f.path) for f in files]
     order = [("source", "ascending"), ("frame", "ascending"), ("unit", "ascending"), ("reason", "ascending")]
     return pa.concat_tables([QUARANTINE_SCHEMA.empty_table(), *tables]).sort_by(order).combine_chunks()
 

@@ -326,7 +326,7 @@ def committed_sources(store: Store) -> set[str]:
         files = commit.catalogs + ((commit.quarantine,) if commit.quarantine else ())
         for file in files:
             with clear_errors(store.root):
-                column = pq.read_table(store.local(file.path), columns=["source"], partitioning=None)
+                column = parquet.read(store, file.path, ["source"])
             sources.update(column["source"].to_pylist())
     return sources
 

@@ -1,5 +1,6 @@
 """Parquet with fixed writer options: equal tables give equal bytes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,3 +38,12 @@ def write_local(path: Path, table: pa.Table) -> None:
 def read_bytes(data: bytes) -> pa.Table:
     """The table of a Parquet file in memory."""
     return pq.read_table(pa.BufferReader(data))
+
+
+def read(
+    files: store.Store, name: str, columns: Sequence[str] | None = None, threads: bool = True
+) -> pa.Table:
+    """A Parquet file of a store, or some of its columns. Raises FileNotFoundError, ArrowException."""
+    source = pa.BufferReader(files.read(name)) if files.remote else files.local(name)
+    wanted = None if columns is None else list(columns)
+    return pq.read_table(source, columns=wanted, partitioning=None, use_threads=threads)

@@ -1,4 +1,4 @@
-"""Where a dataset lies: atomic put, create-if-absent, reads. POSIX; the same few methods fit S3 and GCS.
+"""Where a dataset lies: atomic put, create-if-absent, reads. POSIX here; shards.objects has S3 and GCS.
 
 Every call that changes a disk goes through OPS, a few one-line wrappers, so that the crash tests can stop or
 fail a writer at each of them. Names are relative to the root, with forward slashes.
@@ -6,6 +6,7 @@ fail a writer at each of them. Names are relative to the root, with forward slas
 
 import errno
 import hashlib
+import io
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -105,17 +106,23 @@ def file_sha256(path: Path) -> str:
 
 
 class Store:
-    """A folder of immutable files. Errors of the disk are UserError, a missing file is FileNotFoundError."""
+    """A folder of immutable files. Errors of the disk are UserError, a missing file is FileNotFoundError.
+
+    remote: whether the files have no paths (`local`): they are then read through `read` and `open`.
+    """
+
+    remote = False
+    root: str | Path
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self.root = self._folder = Path(root)
 
     def local(self, name: str) -> Path:
         """The path of a name. Raises ValueError for a name that leads out of the root."""
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts:
             raise ValueError(f"not a name inside a store: {name!r}")
-        return self.root.joinpath(*parts)
+        return self._folder.joinpath(*parts)
 
     def put(self, name: str, data: bytes | Path) -> str:
         """Write or replace a file atomically and durably. data: bytes or a local file. Returns its sha256."""
@@ -145,6 +152,11 @@ class Store:
             file.seek(offset)
             return file.read() if size is None else file.read(size)
 
+    def open(self, name: str) -> io.BufferedReader:
+        """A seekable binary file to read from."""
+        with clear_errors(self.root):
+            return open(self.local(name), "rb")
+
     def exists(self, name: str) -> bool:
         return self.local(name).is_file()
 
@@ -171,11 +183,11 @@ class Store:
         return time.time() - self.local(name).stat().st_mtime
 
     def _walk(self, prefix: str) -> _Names:
-        top = self.local(prefix) if prefix else self.root
+        top = self.local(prefix) if prefix else self._folder
         names = []
         with clear_errors(self.root):
             for folder, _, files in os.walk(top):
-                relative = Path(folder).relative_to(self.root)
+                relative = Path(folder).relative_to(self._folder)
                 names += [(relative / file).as_posix() for file in files]
         return sorted(names)
 

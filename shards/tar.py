@@ -11,8 +11,10 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from shards import store
+from shards.objects import is_url, open_store
 
 BLOCK = 512
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -80,27 +82,32 @@ def list_members(path: str | Path) -> list[tuple[str, int, int]]:
     Raises ValueError for anything but a complete ustar of regular files; a tar cut at a member boundary,
     which tar readers take for a shorter one, lacks its end marker and is refused too.
     """
-    members = []
     with open(path, "rb") as file:
-        end = os.fstat(file.fileno()).st_size
-        offset = 0
-        while True:
-            file.seek(offset)
-            header = file.read(BLOCK)
-            if len(header) < BLOCK:
-                raise ValueError("the tar is cut off: it has no end marker")
-            if header == _ZERO:
-                break
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-            except tarfile.TarError:
-                raise ValueError("the tar has a damaged header") from None
-            if not info.isreg():
-                raise ValueError("the tar holds something else than regular files")
-            members.append((info.name, offset + BLOCK, info.size))
-            offset += BLOCK + info.size + -info.size % BLOCK
-        if file.read(BLOCK) != _ZERO or offset + 2 * BLOCK != end:
-            raise ValueError("the tar is cut off or has something after its end marker")
+        return scan_members(file)
+
+
+def scan_members(file: BinaryIO) -> list[tuple[str, int, int]]:
+    """list_members of an open, seekable file."""
+    members = []
+    end = file.seek(0, os.SEEK_END)
+    offset = 0
+    while True:
+        file.seek(offset)
+        header = file.read(BLOCK)
+        if len(header) < BLOCK:
+            raise ValueError("the tar is cut off: it has no end marker")
+        if header == _ZERO:
+            break
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        except tarfile.TarError:
+            raise ValueError("the tar has a damaged header") from None
+        if not info.isreg():
+            raise ValueError("the tar holds something else than regular files")
+        members.append((info.name, offset + BLOCK, info.size))
+        offset += BLOCK + info.size + -info.size % BLOCK
+    if file.read(BLOCK) != _ZERO or offset + 2 * BLOCK != end:
+        raise ValueError("the tar is cut off or has something after its end marker")
     return members
 
 
@@ -117,9 +124,13 @@ class _Handle:
 
 
 class ShardReader:
-    """Reads encoded pixels by catalogue offset: one pread each, few open files, safe between threads."""
+    """Reads encoded pixels by catalogue offset, safe between threads.
+
+    In a folder one pread each, with few open files; in an object store one ranged request each.
+    """
 
     def __init__(self, root: str | Path, open_files: int = 64) -> None:
+        self._objects = open_store(root) if is_url(root) else None
         self._folder = Path(root) / "shards"
         self._capacity = open_files
         self._handles: OrderedDict[tuple[str, str], _Handle] = OrderedDict()
@@ -127,8 +138,10 @@ class ShardReader:
 
     def read(self, modality: str, shard: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of a shard. Raises FileNotFoundError, or ValueError if it is too short."""
-        handle = self._handle(modality, shard)
-        data = os.pread(handle.fd, size, offset)
+        if self._objects is None:
+            data = os.pread(self._handle(modality, shard).fd, size, offset)
+        else:
+            data = self._objects.read(f"shards/{modality}/{shard}", offset, size)
         if len(data) != size:
             raise ValueError(f"shard {shard} is shorter than its catalogue says: run ingest verify")
         return data

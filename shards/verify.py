@@ -4,6 +4,7 @@ Default: records, existence, sizes, tar index against catalogue and commit, keys
 deep: also sha256 of every file, the rows inside the tars, and every image decoded and held to its digest.
 """
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,15 +12,16 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from shards import parquet
 from shards.codec import get_codec
 from shards.commit import Commit, CommittedFile, committed_units, find_commit, orphans
 from shards.dataset import read_info
+from shards.objects import open_store
 from shards.schema import LOCATION_COLUMNS, QUARANTINE_SCHEMA, Row, catalog_schema
 from shards.stats import pixel_digest
-from shards.store import Store, file_sha256
-from shards.tar import list_members
+from shards.store import Store
+from shards.tar import scan_members
 
 _SPLIT_SCHEMA = pa.schema([catalog_schema().field(name) for name in ("key", "patient", "split")])
 
@@ -56,7 +58,7 @@ class Report:
 
 def verify(root: str | Path | Store, deep: bool = False, workers: int = 2) -> Report:
     """Check every committed unit. Raises UserError where root is no dataset."""
-    store = root if isinstance(root, Store) else Store(root)
+    store = root if isinstance(root, Store) else open_store(root)
     read_info(store)
     commits, problems = _commits(store)
     # A record that cannot be read may name any file: then nothing is known to be an orphan.
@@ -120,9 +122,19 @@ def _file(store: Store, file: CommittedFile, deep: bool) -> Problem | None:
     size = store.size(file.path)
     if size != file.size:
         return Problem("size_differs", file.path, f"{size} bytes, committed {file.size}")
-    if deep and file_sha256(store.local(file.path)) != file.sha256:
+    if deep and _sha256(store, file.path) != file.sha256:
         return Problem("sha256_differs", file.path)
     return None
+
+
+def _sha256(store: Store, name: str) -> str:
+    with store.open(name) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _members(store: Store, shard: CommittedFile) -> list[tuple[str, int, int]]:
+    with store.open(shard.path) as file:
+        return scan_members(file)
 
 
 def _counts(commit: Commit) -> list[Problem]:
@@ -139,7 +151,7 @@ def _counts(commit: Commit) -> list[Problem]:
 def _table(store: Store, file: CommittedFile, schema: pa.Schema, problems: list[Problem]) -> pa.Table | None:
     """The table of a Parquet file, if it can be read and has the schema and rows that were committed."""
     try:
-        table = pq.read_table(store.local(file.path), partitioning=None, use_threads=False)
+        table = parquet.read(store, file.path, threads=False)
     except (pa.ArrowException, OSError):
         problems.append(Problem("parquet_damaged", file.path))
         return None
@@ -154,7 +166,7 @@ def _table(store: Store, file: CommittedFile, schema: pa.Schema, problems: list[
 def _shard(store: Store, shard: CommittedFile, table: pa.Table) -> list[Problem]:
     """Tar index against catalogue: the same samples, each where its row says, and nothing else."""
     try:
-        members = list_members(store.local(shard.path))
+        members = _members(store, shard)
     except (ValueError, OSError) as error:
         return [
             Problem("tar_damaged", shard.path, str(error) if isinstance(error, ValueError) else "unreadable")
@@ -178,7 +190,7 @@ def _contents(store: Store, shard: CommittedFile, table: pa.Table) -> list[Probl
     """Rows inside the tar against the catalogue, pixels against their digest."""
     problems = []
     try:
-        places = {name: place for name, *place in list_members(store.local(shard.path))}
+        places = {name: place for name, *place in _members(store, shard)}
     except (ValueError, OSError):
         return []  # reported by _shard
     for row in table.to_pylist():

@@ -21,8 +21,8 @@ from shards.commit import committed_units
 from shards.dataset import read_info
 from shards.errors import UserError
 from shards.ids import digest
+from shards.objects import open_store
 from shards.order import sample_at
-from shards.store import Store
 from shards.tar import ShardReader
 from trainer.augment import crops, views
 from trainer.augment.bands import BandStatistics, Pyramid, fit_statistics
@@ -196,7 +196,7 @@ def open_modality(data: DataConfig, name: str) -> Modality:
 
 def dataset_fingerprint(root: str) -> str:
     """Changes when units are added to a dataset or another dataset takes its place. Raises UserError."""
-    store = Store(root)
+    store = open_store(root)
     info = read_info(store)
     return digest(info.fingerprint, info.key_id, *sorted(committed_units(store)))
 
