@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ingest.config import ReadRules
 from ingest.frames import Frame, Item, Refusal, Refused
+from ingest.nifti_file import Voxels, open_voxels
 from ingest.values import AIR_HU, HIGHEST_HU, spread
 from shards.schema import Reason, Row
 
@@ -27,14 +28,17 @@ _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 
 @dataclass(frozen=True)
 class _Volume:
-    """One file in canonical axes: data [x, y, z, t] as stored, x to the right, y forward, z up."""
+    """One file in canonical axes: x to the right, y forward, z up; its voxels are turned slab by slab."""
 
-    data: NDArray
+    voxels: Voxels
+    turn: NDArray | None  # nibabel orientation of the stored axes; None: as they are
+    shape: tuple[int, int, int]  # in canonical axes
     affine: NDArray | None  # voxel to RAS mm; None where the header gives no orientation
     slope: float
     intercept: float
     spacing: tuple[float, ...]  # mm, of x, y, z
-    slice_axis: int  # the axis of slices as acquired
+    slice_axis: int  # the canonical axis of slices as acquired
+    stored_axis: int  # the same axis in the file
 
 
 @dataclass(frozen=True)
@@ -59,51 +63,61 @@ def read_nifti(path: str, modality: str, rules: ReadRules) -> Iterator[Item]:
     except Exception:  # noqa: BLE001 - the parser raises anything on damaged files; its texts may hold PHI
         raise Refused(Reason.UNREADABLE, modality) from None
     axis = volume.slice_axis
-    plane = [n for a, n in enumerate(volume.data.shape[:3]) if a != axis]
+    plane = [n for a, n in enumerate(volume.shape) if a != axis]
     # The grid of a volume is cut at will: only one without any usable in-plane side is too small.
     if max(plane) < rules.min_side or min(plane) < 2:
         raise Refused(Reason.TOO_SMALL, modality)
     if math.prod(plane) > rules.max_frame_pixels:
         raise Refused(Reason.TOO_LARGE, modality)
-    if _is_label_map(volume.data):
+    values = _survey(volume.voxels)
+    if values.labels:
         raise Refused(Reason.LABEL_MAP, modality)
-    mapping = None if modality == "ct" else _mapping(volume.data)
-    slices, times = volume.data.shape[axis], volume.data.shape[3]
-    for t in spread(times, rules.frames_per_cine):
-        for k in range(slices):
-            index = k + slices * t
-            plane_values = np.moveaxis(volume.data[..., t], axis, 0)[k]
-            stored, values = _stored(plane_values, volume, mapping)
-            image = np.ascontiguousarray(stored.T[::-1, ::-1])
-            if image.min() == image.max():
-                yield Refusal(Reason.CONSTANT, index, modality)
-            else:
-                yield Frame(index, modality, image, _describe(image, volume, axis, k) | values)
+    mapping = None if modality == "ct" else _mapping(values, volume.voxels.dtype)
+    for index, pixels in _planes(volume, list(spread(volume.voxels.shape[3], rules.frames_per_cine))):
+        stored, columns = _stored(pixels, volume, mapping)
+        image = np.ascontiguousarray(stored.T[::-1, ::-1])
+        if image.min() == image.max():
+            yield Refusal(Reason.CONSTANT, index, modality)
+        else:
+            k = index % volume.shape[axis]
+            yield Frame(index, modality, image, _describe(image, volume, axis, k) | columns)
 
 
-def _load(path: str, rules: ReadRules) -> tuple[Nifti1Header, NDArray]:
-    """Header and array [x, y, z, t] of a single-file NIfTI-1 or -2, gzipped or not, without extensions."""
+def _planes(volume: _Volume, times: list[int]) -> Iterator[tuple[int, NDArray]]:
+    """(frame, plane of two canonical axes) in canonical order, of a large file in its own."""
+    slices = volume.shape[volume.slice_axis]
+    flipped = volume.turn is not None and bool(volume.turn[volume.stored_axis, 1] < 0)
+    for stored, t, slab in volume.voxels.slabs(volume.stored_axis, times, flipped):
+        turned = slab if volume.turn is None else apply_orientation(slab, volume.turn)
+        k = slices - 1 - stored if flipped else stored
+        yield k + slices * t, np.take(turned, 0, volume.slice_axis)
+
+
+def _load(path: str, rules: ReadRules) -> tuple[Nifti1Header, Voxels]:
+    """Header and voxels of a single-file NIfTI-1 or -2, gzipped or not, without extensions."""
     with open(path, "rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         file = gzip.GzipFile(fileobj=raw) if packed else raw
         try:
             block = file.read(540)
-            kind = (
-                Nifti2Header
-                if 540 in struct.unpack("<i", block[:4]) + struct.unpack(">i", block[:4])
-                else Nifti1Header
-            )
-            header = kind(block[: kind.template_dtype.itemsize], check=False)
-            shape, dtype = _checked_shape(header, rules)
-            offset = int(header["vox_offset"]) or kind.template_dtype.itemsize + 4
-            file.seek(offset)
-            data = file.read(math.prod(shape) * dtype.itemsize)
         except (OSError, EOFError, zlib.error):
             raise Refused(Reason.UNREADABLE) from None
-    if len(data) < math.prod(shape) * dtype.itemsize:
-        raise Refused(Reason.UNREADABLE)
-    return header, np.frombuffer(data, dtype).reshape(shape, order="F")
+    kind = (
+        Nifti2Header
+        if 540 in struct.unpack("<i", block[:4]) + struct.unpack(">i", block[:4])
+        else Nifti1Header
+    )
+    header = kind(block[: kind.template_dtype.itemsize], check=False)
+    shape, dtype = _checked_shape(header, rules)
+    offset = int(header["vox_offset"]) or kind.template_dtype.itemsize + 4
+    return header, open_voxels(path, packed, offset, shape, dtype, _stored_slice_axis(header))
+
+
+def _stored_slice_axis(header: Nifti1Header) -> int:
+    """As the header says, else the third one stored."""
+    declared = header.get_dim_info()[2]
+    return 2 if declared is None else int(declared)
 
 
 def _checked_shape(header: Nifti1Header, rules: ReadRules) -> tuple[tuple[int, int, int, int], np.dtype]:
@@ -126,12 +140,10 @@ def _checked_shape(header: Nifti1Header, rules: ReadRules) -> tuple[tuple[int, i
     return (x, y, z, t), dtype
 
 
-def _canonical(header: Nifti1Header, data: NDArray) -> _Volume:
+def _canonical(header: Nifti1Header, voxels: Voxels) -> _Volume:
     """Axes permuted and flipped to right, anterior, superior, lengths in mm; nothing is resampled."""
     slope, intercept = _slope(header)
-    # The slice axis: as the header says, else the third one stored.
-    declared = header.get_dim_info()[2]
-    stored_axis = 2 if declared is None else int(declared)
+    stored_axis, stored_shape = _stored_slice_axis(header), voxels.shape[:3]
     millimetres = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
     affine = header.get_best_affine()
     affine[:3] *= millimetres
@@ -139,16 +151,22 @@ def _canonical(header: Nifti1Header, data: NDArray) -> _Volume:
     oriented = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
     if not oriented or np.isnan(orientation).any():
         zooms = [millimetres * float(z) for z in header.get_zooms()[:3]]
-        return _Volume(data, None, slope, intercept, (*zooms, *[0.0] * (3 - len(zooms))), stored_axis)
-    turned = affine @ inv_ornt_aff(orientation, data.shape[:3])
-    spacing = np.linalg.norm(turned[:3, :3], axis=0)
+        spacing = (*zooms, *[0.0] * (3 - len(zooms)))
+        return _Volume(voxels, None, stored_shape, None, slope, intercept, spacing, stored_axis, stored_axis)
+    turned = affine @ inv_ornt_aff(orientation, stored_shape)
+    shape = [0, 0, 0]
+    for stored, canonical in enumerate(orientation[:, 0].astype(int)):
+        shape[canonical] = stored_shape[stored]
     return _Volume(
-        apply_orientation(data, orientation),
+        voxels,
+        orientation,
+        (shape[0], shape[1], shape[2]),
         turned,
         slope,
         intercept,
-        (*(float(s) for s in spacing),),
+        (*(float(s) for s in np.linalg.norm(turned[:3, :3], axis=0)),),
         int(orientation[stored_axis, 0]),
+        stored_axis,
     )
 
 
@@ -160,25 +178,50 @@ def _slope(header: Nifti1Header) -> tuple[float, float]:
     return slope, intercept if math.isfinite(intercept) else 0.0
 
 
-def _is_label_map(data: NDArray) -> bool:
-    """Few distinct whole numbers: a mask or an atlas, which no header field tells of reliably."""
-    flat = data.ravel(order="K")
-    probe = np.unique(flat[:: max(1, flat.size // 65536)])
-    if len(probe) > _MOST_LABELS:
-        return False
-    values = np.unique(flat)
-    return 1 < len(values) <= _MOST_LABELS and bool(np.all(values == np.rint(values)))
+@dataclass(frozen=True)
+class _Values:
+    """What the finite voxels of a volume are."""
+
+    low: float
+    high: float
+    whole: bool  # integers all
+    labels: bool  # few distinct whole numbers: a mask or an atlas, which no header field tells of reliably
 
 
-def _mapping(data: NDArray) -> _Mapping:
+def _survey(voxels: Voxels) -> _Values:
+    low, high, whole, finite_everywhere = math.inf, -math.inf, True, True
+    distinct: NDArray | None = np.empty(0, voxels.dtype)
+    for block in voxels.blocks():
+        if voxels.dtype.kind == "f":
+            finite = block[np.isfinite(block)]
+            finite_everywhere &= finite.size == block.size
+            whole = whole and bool(np.all(finite == np.rint(finite)))
+        else:
+            finite = block
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        distinct = _distinct(distinct, block)
+    if low > high:
+        low = high = 0.0
+    labels = distinct is not None and 1 < len(distinct) <= _MOST_LABELS and whole and finite_everywhere
+    return _Values(low, high, whole, labels)
+
+
+def _distinct(known: NDArray | None, block: NDArray) -> NDArray | None:
+    """The distinct values so far; None once they are more than labels are. A probe decides mostly."""
+    if known is None:
+        return None
+    for values in (block[:: max(1, block.size // 65536)], block):
+        found = np.unique(np.concatenate([known, np.unique(values)]))
+        if len(found) > _MOST_LABELS:
+            return None
+    return found
+
+
+def _mapping(values: _Values, dtype: np.dtype) -> _Mapping:
     """How the values of a volume are stored: integers as they are where 16 bits hold them, else scaled."""
-    if data.dtype.kind == "f":
-        finite = data[np.isfinite(data)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-        whole = bool(np.all(finite == np.rint(finite)))
-    else:
-        low, high, whole = float(data.min()), float(data.max()), True
-    if whole and data.dtype.kind != "f" and data.dtype.itemsize == 1 and low >= 0:
+    low, high, whole = values.low, values.high, values.whole
+    if whole and dtype.kind != "f" and dtype.itemsize == 1 and low >= 0:
         return _Mapping("uint8")
     if whole and low >= 0 and high <= 0xFFFF:
         return _Mapping("uint16")

@@ -205,3 +205,17 @@ def test_lengths_are_in_millimetres_whatever_the_unit_of_the_file(tmp_path, unit
     if oriented:
         assert columns["position_mm"][2] == pytest.approx(11 * factor)
         assert columns["orientation"] == pytest.approx([1, 0, 0, 0, 1, 0])
+
+
+@pytest.mark.parametrize("name", ["v.nii", "v.nii.gz"])
+@pytest.mark.parametrize("flips", list(itertools.product([1, -1], repeat=3)))
+def test_a_volume_too_large_for_memory_gives_the_same_slices(tmp_path, monkeypatch, name, flips):
+    data = volume(shape=(*SHAPE, 5))
+    path = save(tmp_path / name, data, AFFINE @ np.diag([*flips, 1]))
+    whole = {f.index: f for f in frames(path, frames_per_cine=3)}
+    monkeypatch.setattr("ingest.nifti_file.IN_MEMORY_BYTES", 0)
+    streamed = frames(path, frames_per_cine=3)
+    assert sorted(f.index for f in streamed) == sorted(whole)
+    for frame in streamed:
+        assert np.array_equal(frame.pixels, whole[frame.index].pixels)
+        assert frame.columns == whole[frame.index].columns
