@@ -12,18 +12,14 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ingest.dicom.syntaxes import DECODERS, SUPPORTED, check_decoders, undecodable
+from shards.errors import UserError
+
 MINIMUM_SHM_BYTES = 1 << 30
-# Module, package to install, what it is for.
-DECODERS = (
+# Module, package to install, what it is for: beside the decoders of DICOM.
+OTHERS = (
     ("pydicom", "pydicom", "DICOM"),
     ("nibabel", "nibabel", "NIfTI"),
-    ("cv2", "opencv-python-headless", "PNG, JPEG, TIFF; resizing"),
-    ("imagecodecs", "imagecodecs", "HTJ2K, the codec of the shards"),
-    ("openjpeg", "pylibjpeg-openjpeg", "JPEG 2000 sources"),
-    ("rle", "pylibjpeg-rle", "RLE sources"),
-    ("jpeg_ls", "pyjpegls", "JPEG-LS sources"),
-    ("gdcm", "python-gdcm", "JPEG lossless sources"),
-    ("PIL", "pillow", "8-bit JPEG sources"),
 )
 
 
@@ -44,7 +40,8 @@ def run_checks(folder: Path | None = None) -> list[Check]:
     target = folder or Path.cwd()
     return [
         _python(),
-        *[_module(*decoder) for decoder in DECODERS],
+        *[_module(*module) for module in (*OTHERS, *DECODERS)],
+        _syntaxes(),
         *check_folder(target),
         _shared_memory(Path("/dev/shm")),
         _ports(),
@@ -65,6 +62,19 @@ def _module(module: str, package: str, purpose: str) -> Check:
     except ImportError:
         return Check(package, "failed", f"{purpose}: not installed; pip install {package}")
     return Check(package, "ok", f"{_version(package)} ({purpose})")
+
+
+def _syntaxes() -> Check:
+    """What ingest checks when it starts, and more: that pydicom's plugins for the packages load."""
+    try:
+        check_decoders()
+        broken = undecodable()
+    except (UserError, ImportError) as error:
+        return Check("transfer syntaxes", "failed", str(error))
+    if broken:
+        text = f"no working decoder for {', '.join(broken)}: reinstall the packages above"
+        return Check("transfer syntaxes", "failed", text)
+    return Check("transfer syntaxes", "ok", f"all {len(SUPPORTED)} decode")
 
 
 def check_folder(folder: Path) -> list[Check]:

@@ -41,6 +41,9 @@ IMAGE_CLASSES = frozenset(
         "13.1.1",  # X-ray 3D angiographic
         "13.1.3",  # breast tomosynthesis
         "20",  # NM
+        "77.1.5.1",  # ophthalmic photography, 8 bits
+        "77.1.5.2",  # ophthalmic photography, 16 bits
+        "77.1.5.4",  # ophthalmic tomography
         "128",  # PET
         "128.1",  # legacy converted enhanced PET
         "130",  # enhanced PET

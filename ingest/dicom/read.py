@@ -11,8 +11,9 @@ from ingest.config import ReadRules
 from ingest.dicom import header
 from ingest.dicom.admit import Admitted, admit
 from ingest.dicom.geometry import frame_geometry, group_item, is_enhanced, ultrasound_region
-from ingest.dicom.pixels import Stored, Values, has_modality_lut, mirrored, read_frame
+from ingest.dicom.pixels import Stored, Values, has_modality_lut, read_frame
 from ingest.dicom.syntaxes import LOSSY, Pixels, describe
+from ingest.dicom.window import window
 from ingest.frames import Frame, Item, Refusal, Refused
 from ingest.values import check_pixels, limited, spread
 from shards.schema import Reason, Row
@@ -20,7 +21,6 @@ from shards.schema import Reason, Row
 _PHOTOMETRICS = frozenset(
     {"MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
 )
-_WINDOW_FUNCTIONS = frozenset({"LINEAR", "LINEAR_EXACT", "SIGMOID"})
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _frame(source: _Source, index: int, texts: dict[str, str], identifiers: dict
     elif facts.modality == "xr":
         pixels, geometry = limited(pixels, geometry, rules.xr_max_side)
     check_pixels(pixels, rules.min_side)
-    columns = geometry | _window(dataset, index, facts.code, stored, values) | _acquisition(dataset, index)
+    columns = geometry | window(dataset, index, facts.code, stored, values) | _acquisition(dataset, index)
     return Frame(
         index, facts.modality, pixels, columns | _source_columns(source, stored, values), identifiers, texts
     )
@@ -117,25 +117,6 @@ def _values(dataset: Dataset, index: int) -> Values:
     # A slope of 0 would make every image blank: writers mean "none".
     unit = header.text(holder, "RescaleType").upper()
     return Values(slope or None, header.number(holder, "RescaleIntercept"), unit)
-
-
-def _window(dataset: Dataset, index: int, code: str, stored: Stored, values: Values) -> Row:
-    """The first VOI window (PS3.3 C.11.2) in the units of the stored pixels."""
-    holder = group_item(dataset, index, "FrameVOILUTSequence") or dataset
-    center, width = header.number(holder, "WindowCenter"), header.number(holder, "WindowWidth")
-    if center is None or width is None or width <= 0 or stored.was_color:
-        return {}
-    if code != "CT" and not has_modality_lut(dataset):
-        slope = values.slope or 1.0
-        center, width = (center - (values.intercept or 0.0)) / slope, abs(width / slope)
-    if stored.inverted:
-        center = mirrored(center, stored.bits, stored.pixels.dtype == np.int16)
-    function = header.text(holder, "VOILUTFunction").upper()
-    return {
-        "window_center": center,
-        "window_width": width,
-        "window_function": function if function in _WINDOW_FUNCTIONS else "LINEAR",
-    }
 
 
 def _acquisition(dataset: Dataset, index: int) -> Row:

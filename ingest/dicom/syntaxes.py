@@ -49,17 +49,17 @@ SUPPORTED = NATIVE | PREFERRED.keys() | JPEG_XL | {ENCAPSULATED_NATIVE, DEFLATED
 # May be lossy: the syntax alone does not say so for the ones that carry both.
 LOSSY = frozenset(_PREFIX + f".4.{n}" for n in (50, 51, 81, 91, 203, 112))
 
-# Module -> package, in the order of PREFERRED.
-_MODULES = {
-    "PIL": "pillow",
-    "gdcm": "python-gdcm",
-    "jpeg_ls": "pyjpegls",
-    "pylibjpeg": "pylibjpeg",
-    "openjpeg": "pylibjpeg-openjpeg",
-    "rle": "pylibjpeg-rle",
-    "imagecodecs": "imagecodecs",
-    "cv2": "opencv-python-headless",
-}
+# Module, package to install, what it is for.
+DECODERS = (
+    ("PIL", "pillow", "8-bit JPEG sources; headers of pictures"),
+    ("gdcm", "python-gdcm", "JPEG lossless sources"),
+    ("jpeg_ls", "pyjpegls", "JPEG-LS sources"),
+    ("pylibjpeg", "pylibjpeg", "the two that follow"),
+    ("openjpeg", "pylibjpeg-openjpeg", "JPEG 2000 and HTJ2K sources"),
+    ("rle", "pylibjpeg-rle", "RLE sources"),
+    ("imagecodecs", "imagecodecs", "12-bit JPEG, JPEG XL and TIFF sources; the codec of the shards"),
+    ("cv2", "opencv-python-headless", "PNG and JPEG pictures; resizing"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class DecoderStatus:
 
 
 def decoder_status() -> list[DecoderStatus]:
-    return [DecoderStatus(package, find_spec(module) is not None) for module, package in _MODULES.items()]
+    return [DecoderStatus(package, find_spec(module) is not None) for module, package, _ in DECODERS]
 
 
 def check_decoders() -> None:
@@ -79,6 +79,15 @@ def check_decoders() -> None:
     missing = [status.package for status in decoder_status() if not status.available]
     if missing:
         raise UserError(f"decoders are missing: run pip install {' '.join(missing)}")
+
+
+def undecodable() -> list[str]:
+    """Names of the encapsulated syntaxes whose plugin of pydicom does not load."""
+    return [
+        UID(syntax).name
+        for syntax, plugin in PREFERRED.items()
+        if plugin not in get_decoder(UID(syntax)).available_plugins
+    ]
 
 
 @dataclass(frozen=True)

@@ -337,3 +337,62 @@ def test_an_empty_modality_lut_is_none(tmp_path):
     frame = one(write(tmp_path / "f", grey(), "CR", **window, **empty))
     assert isinstance(frame, Frame) and np.array_equal(frame.pixels, grey())
     assert (frame.columns["rescale_slope"], frame.columns["window_center"]) == (2, 50)
+
+
+def _voi_lut(table, first=0, as_bytes=True):
+    lut = Dataset()
+    lut.LUTDescriptor = [len(table), first, 16]
+    if as_bytes:
+        lut.add_new("LUTData", "OW", np.asarray(table, "<u2").tobytes())
+    else:
+        lut.add_new("LUTData", "US", [int(v) for v in table])
+    return lut
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_of_a_voi_lut_the_rising_part_is_the_window(tmp_path, as_bytes):
+    table = np.concatenate([np.zeros(100), np.linspace(0, 4095, 512), np.full(388, 4095)]).astype(int)
+    luts = Sequence([_voi_lut(table, 50, as_bytes)])
+    columns = one(write(tmp_path / "f", grey(), "DX", VOILUTSequence=luts)).columns
+    # The last input of the lowest output and the first one of the highest: 50 + 100 and 50 + 611.
+    assert (columns["window_center"], columns["window_width"]) == ((150 + 661 + 1) / 2, 512)
+    assert columns["window_function"] == "LINEAR"
+    inverse = one(write(tmp_path / "i", grey(), "DX", photometric="MONOCHROME1", VOILUTSequence=luts)).columns
+    assert inverse["window_center"] == 4095 - columns["window_center"]
+    both = one(write(tmp_path / "b", VOILUTSequence=luts, WindowCenter=7, WindowWidth=9)).columns
+    assert (both["window_center"], both["window_width"]) == (7, 9)
+
+
+def test_a_voi_lut_that_makes_no_sense_gives_no_window(tmp_path):
+    lying = _voi_lut([0, 1, 2])
+    lying.LUTDescriptor = [5000, 0, 16]
+    for lut in (Dataset(), _voi_lut([5, 4, 3]), _voi_lut([1, 1]), lying):
+        frame = one(write(tmp_path / "f", grey(), "DX", VOILUTSequence=Sequence([lut])))
+        assert frame.columns.get("window_center") is None
+
+
+def test_a_ct_in_false_colours_is_no_image_in_hounsfield_units(tmp_path):
+    elements = {}
+    for name in ("Red", "Green", "Blue"):
+        elements[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
+        elements[f"{name}PaletteColorLookupTableData"] = bytes(range(256))
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
+    path = write(
+        tmp_path / "f", grey("uint8", 8), "CT", 8, photometric="PALETTE COLOR", **elements, **rescale
+    )
+    assert one(path) == Refusal(Reason.DERIVED, -1, "ct")
+
+
+@pytest.mark.parametrize("planar", [0, 1])
+@pytest.mark.parametrize("kind", ["OB", "OW"])
+def test_bytes_in_big_endian_words_are_swapped_back(tmp_path, planar, kind):
+    clip = np.stack([grey("uint8", 8, (41, 35), seed=s) for s in range(3)])
+    path = write(tmp_path / "f", clip, "MR", 8, ExplicitVRBigEndian, frames=True)
+    raw = clip.tobytes() + b"\0"
+    data = pydicom.dcmread(path)
+    swapped = np.frombuffer(raw, ">u2").astype("<u2").tobytes()
+    data.add_new("PixelData", kind, raw if kind == "OB" else swapped)
+    data.PlanarConfiguration = planar
+    data.save_as(path)
+    assert np.array_equal(pydicom.dcmread(path).pixel_array, clip)
+    assert all(np.array_equal(f.pixels, clip[f.index]) for f in read(path))

@@ -43,3 +43,19 @@ def test_a_png_is_taken_as_it_is(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "f.png")
     frame = one(tmp_path / "f.png", "raster", "xr")
     assert np.array_equal(frame.pixels, pixels) and frame.columns["inverted"] is False
+
+
+@pytest.mark.parametrize("compression", [None, "group4", "packbits", "tiff_lzw"])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_a_tiff_of_one_bit_is_turned_at_most_once(tmp_path, compression, photometric):
+    white = np.random.default_rng(0).random((48, 40)) > 0.5
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[262] = photometric
+    path = tmp_path / "f.tif"
+    Image.fromarray(white).save(path, "TIFF", tiffinfo=tags, compression=compression)
+    with Image.open(path) as saved:
+        assert saved.tag_v2[262] == photometric
+        assert np.array_equal(np.asarray(saved), white)  # an independent reader
+    frame = one(path, "raster", "xr")
+    assert np.array_equal(frame.pixels, white * np.uint8(255))
+    assert frame.columns["inverted"] is (photometric == 0)

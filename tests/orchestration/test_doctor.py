@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ingest.dicom import syntaxes
 from orchestration import doctor
 from orchestration.cli import main
 
@@ -28,3 +29,13 @@ def test_a_file_system_whose_links_overwrite_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "hardlink_to", lambda self, target: self.write_bytes(b""))
     checks = {check.name: check for check in doctor.check_folder(tmp_path)}
     assert checks["file system: link"].level == "failed"
+
+
+def test_the_decoders_are_those_that_ingest_asks_for(tmp_path: Path, monkeypatch):
+    packages = {status.package for status in syntaxes.decoder_status()}
+    checks = {check.name: check for check in doctor.run_checks(tmp_path)}
+    assert packages <= set(checks) and checks["transfer syntaxes"].level == "ok"
+    missing = (("no_such_module_of_ours", "some-package", "some sources"), *syntaxes.DECODERS)
+    monkeypatch.setattr(syntaxes, "DECODERS", missing)
+    found = doctor._syntaxes()
+    assert found.level == "failed" and "pip install some-package" in found.detail
