@@ -14,7 +14,7 @@ from ingest.read import read_file
 from ingest.synthetic.syntaxes import save, set_pixels
 from shards.dataset import open_or_create
 from shards.ids import Pseudonymizer
-from shards.store import Store
+from shards.objects import open_store
 
 NAMES = Pseudonymizer(b"0123456789abcdef0123456789abcdef", "north")
 CLASSES = {"CT": "2", "MR": "4", "US": "6.1", "CR": "1", "DX": "1.1", "SC": "7"}
@@ -74,7 +74,7 @@ def config(source: Path, out: Path, **settings) -> IngestConfig:
 
 def units(settings: IngestConfig) -> list[Unit]:
     """Open the dataset, plan, record the plan: what precedes the units of a run."""
-    store = Store(settings.output)
+    store = open_store(settings.output)
     open_or_create(store, dataset_info(settings, NAMES))
     return list(plan_units(store, inventory(settings), settings, NAMES).units)
 
