@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ingest.vocabulary import MANUFACTURERS
 from shards.errors import UserError
 from shards.ids import digest
 from shards.schema import FORMAT_VERSION
@@ -35,6 +36,8 @@ _NOT_IN_FINGERPRINT = frozenset(
         "sources",
         "output",
         "key_file",
+        "path_map",
+        "labels",
         "tables",
         "discover_tables",
         "unit_files",
@@ -68,6 +71,48 @@ class TableConfig(_Settings):
     split_column: str | None = None  # train | val | test in the table overrides the keyed split
 
 
+class MaskBox(_Settings):
+    """A known place of text in the images of one kind of device: its pixels are blanked (ingest.masks).
+
+    It applies to frames of exactly `rows` x `columns` of the Modality (0008,0060) and, where given, of the
+    manufacturer (ingest.vocabulary). Pixels, half open: rows [top, bottom), columns [left, right).
+    """
+
+    modality: str
+    manufacturer: str | None = None
+    rows: int = Field(ge=1)
+    columns: int = Field(ge=1)
+    top: int = Field(ge=0)
+    left: int = Field(ge=0)
+    bottom: int
+    right: int
+    # The boxes leave no text: such an image is no longer refused as burned_in_risk. A person has looked.
+    covers_text: bool = False
+
+    @model_validator(mode="after")
+    def _box_in_image(self) -> Self:
+        if not (self.top < self.bottom <= self.rows and self.left < self.right <= self.columns):
+            raise ValueError("a mask box lies inside rows x columns, with top < bottom and left < right")
+        if self.manufacturer is not None and self.manufacturer not in MANUFACTURERS:
+            raise ValueError(f"the manufacturer of a mask box is one of {', '.join(sorted(MANUFACTURERS))}")
+        return self
+
+
+class LabelConfig(_Settings):
+    """A table of labels that `ingest run` joins to the samples when it ends (ingest.labels).
+
+    kind: classes (one column), multi (several columns of 0/1, or one of a|b), boxes (columns x0, y0, x1, y1
+    or one of a JSON list) or masks (one column of PNG files, relative to the table).
+    """
+
+    path: str
+    name: str = "labels"
+    kind: Literal["classes", "multi", "boxes", "masks"] = "classes"
+    columns: tuple[str, ...] = ()  # of the values; () = label; x0, y0, x1, y1; mask
+    label_column: str | None = "label"  # boxes: the class of a box, where the table has the column
+    by: str | None = None  # the joining column, where the table has several
+
+
 class ReadRules(_Settings):
     """What reading one file depends on; travels to the decoder process as JSON."""
 
@@ -84,6 +129,7 @@ class ReadRules(_Settings):
     frames_per_cine: int = Field(16, ge=1)
     # Keep the classes with a high risk of text in the pixels: secondary capture, ultrasound without regions.
     allow_burned_in: bool = False
+    mask_boxes: tuple[MaskBox, ...] = ()  # known places of burned-in text, blanked after decoding
 
     @field_validator("modalities")
     @classmethod
@@ -105,6 +151,11 @@ class IngestConfig(ReadRules):
     sources: tuple[str, ...] = Field(min_length=1)
     output: str
     key_file: str | None = None  # None: the environment variable MEDSWAV_KEY
+    # Private file: pseudonym of each source -> its path, one JSON line each. None: nothing is written.
+    path_map: str | None = None
+    # 0: no date is kept. Else StudyDate, moved by a keyed number of days in [-n, n], one for each patient.
+    date_shift_days: int = Field(0, ge=0, le=36500)
+    labels: tuple[LabelConfig, ...] = ()  # joined at the end of the run
     site: str = ""  # keeps equal PatientIDs of two hospitals apart
     codec: Literal["htj2k", "png16", "blosc2"] = "htj2k"
     split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
@@ -127,15 +178,18 @@ class IngestConfig(ReadRules):
     def rules(self) -> ReadRules:
         return ReadRules(**{name: getattr(self, name) for name in ReadRules.model_fields})
 
-    def shaping(self) -> dict[str, Any]:
-        """The settings that decide the output bytes, as JSON types (recorded in dataset.json)."""
+    def shaping(self, site_id: str = "") -> dict[str, Any]:
+        """The settings that decide the output bytes, as JSON types (recorded in dataset.json).
+
+        site_id: the keyed id of the site (Pseudonymizer.site_id). Its name is not recorded, nor a plain
+        digest of it: the names of all hospitals of a country are quickly tried.
+        """
         settings = self.model_dump(mode="json", exclude=set(_NOT_IN_FINGERPRINT))
-        # The site is part of the pseudonyms and may name a hospital: a digest tells two apart.
-        settings["site"] = digest("site", settings["site"])[:12]
+        settings["site"] = site_id
         return settings | {"rules_version": RULES_VERSION, "format_version": FORMAT_VERSION}
 
-    def fingerprint(self) -> str:
-        return digest("ingest", json.dumps(self.shaping(), sort_keys=True))
+    def fingerprint(self, site_id: str = "") -> str:
+        return digest("ingest", json.dumps(self.shaping(site_id), sort_keys=True))
 
 
 def load_config(settings: dict[str, Any] | str | Path) -> IngestConfig:

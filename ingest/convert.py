@@ -43,9 +43,9 @@ def dataset_info(config: IngestConfig, names: Pseudonymizer) -> DatasetInfo:
     """What dataset.json records and a resume is held to."""
     return DatasetInfo(
         codec=config.codec,
-        fingerprint=config.fingerprint(),
+        fingerprint=config.fingerprint(names.site_id),
         key_id=names.key_id,
-        config=config.shaping(),
+        config=config.shaping(names.site_id),
         deidentification=deidentification(config),
         modalities=tuple(sorted({*config.modalities.values(), config.nifti_modality})),
         format_version=FORMAT_VERSION,

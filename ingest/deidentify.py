@@ -12,53 +12,12 @@ from typing import Any
 from ingest.config import IngestConfig
 from ingest.discover import Entry
 from ingest.frames import Frame
+from ingest.vocabulary import BODY_PARTS, VIEW_POSITIONS, manufacturer
 from shards.ids import Pseudonymizer
 from shards.schema import COLUMNS, Row
 
 AGE_CAP_YEARS = 90.0  # PS3.15 and HIPAA safe harbour: older is one group
 
-_MANUFACTURERS = (  # text to look for -> value; the first match counts
-    ("siemens", "siemens"),
-    ("philips", "philips"),
-    ("canon", "canon"),
-    ("toshiba", "canon"),
-    ("hitachi", "fujifilm"),
-    ("fuji", "fujifilm"),
-    ("agfa", "agfa"),
-    ("carestream", "carestream"),
-    ("kodak", "carestream"),
-    ("hologic", "hologic"),
-    ("samsung", "samsung"),
-    ("medison", "samsung"),
-    ("mindray", "mindray"),
-    ("konica", "konica"),
-    ("shimadzu", "shimadzu"),
-    ("esaote", "esaote"),
-    ("united imaging", "united imaging"),
-    ("uih", "united imaging"),
-    ("neusoft", "neusoft"),
-    ("varian", "varian"),
-    ("elekta", "elekta"),
-    ("hyperfine", "hyperfine"),
-    ("bruker", "bruker"),
-    ("acuson", "siemens"),
-    ("general electric", "ge"),
-)
-_GE = re.compile(r"^g\.?\s?e\.?(\s|$)")
-BODY_PARTS = frozenset(
-    # PS3.16 annex L, the defined terms.
-    """ABDOMEN ABDOMENPELVIS ANKLE AORTA ARM AXILLA BACK BLADDER BRAIN BREAST BRONCHUS BUTTOCK CALCANEUS CALF
-    CAROTID CEREBELLUM CERVIX CHEEK CHEST CHESTABDOMEN CHESTABDPELVIS CIRCLEOFWILLIS CLAVICLE COCCYX COLON
-    CORNEA CORONARYARTERY CSPINE CTSPINE DUODENUM EAR ELBOW ESOPHAGUS EXTREMITY EYE FACE FEMUR FINGER FOOT
-    FOREARM GALLBLADDER HAND HEAD HEADNECK HEART HIP HUMERUS ILEUM ILIUM IAC JAW JEJUNUM KIDNEY KNEE LARYNX
-    LEG LIVER LSPINE LSSPINE LUNG MAXILLA MEDIASTINUM MOUTH NECK NECKCHEST NECKCHESTABDOMEN NOSE ORBIT OVARY
-    PANCREAS PAROTID PATELLA PELVIS PENIS PHARYNX PROSTATE RECTUM RIB SCALP SCAPULA SCLERA SCROTUM SHOULDER
-    SKULL SPINE SPLEEN SSPINE STERNUM STOMACH SUBMANDIBULAR TESTIS THIGH THORAX THUMB THYMUS THYROID TLSPINE
-    TMJ TOE TONGUE TRACHEA TSPINE UTERUS VAGINA VULVA WHOLEBODY WRIST ZYGOMA""".split()  # noqa: SIM905
-)
-VIEW_POSITIONS = frozenset(
-    "AP PA LL RL LLD RLD LLO RLO LAT LATERAL OBLIQUE CC MLO ML LM XCCL".split()  # noqa: SIM905
-)
 _LATERALITY = frozenset("LRB")
 _SEX = frozenset("MFO")
 _AGE = re.compile(r"^(\d{1,3})([DWMY])$")
@@ -91,7 +50,11 @@ def make_row(frame: Frame, entry: Entry, unit: str, config: IngestConfig, names:
             texts.get("age", ""), texts.get("birth_date", ""), texts.get("study_date", "")
         ),
     }
-    for name in ("study", "series", "instance", "frame_of_reference"):
+    if config.date_shift_days:
+        row["study_date"] = shifted_date(
+            texts.get("study_date", ""), names.shift_days(patient, config.date_shift_days)
+        )
+    for name in ("study", "series", "instance", "frame_of_reference", "accession"):
         if identifiers.get(name):
             row[name] = names.id(name, identifiers[name])
     return row | {name: _finite(value) for name, value in frame.columns.items()}
@@ -119,15 +82,6 @@ def patient_id(entry: Entry, identifiers: dict[str, str], names: Pseudonymizer) 
     return names.id("patient of file", entry.identity)
 
 
-def manufacturer(text: str) -> str | None:
-    text = text.strip().lower()
-    if not text:
-        return None
-    if _GE.match(text):
-        return "ge"
-    return next((value for sought, value in _MANUFACTURERS if sought in text), "other")
-
-
 def age_years(age: str, birth_date: str, study_date: str) -> float | None:
     """Years from PatientAge (045Y, 010M, ...), else from two dates; whole years from 2 on; capped at 90."""
     match = _AGE.match(age.strip().upper())
@@ -142,12 +96,23 @@ def age_years(age: str, birth_date: str, study_date: str) -> float | None:
     return min(years, AGE_CAP_YEARS)
 
 
+def shifted_date(date: str, days: int) -> str | None:
+    """A DICOM date (YYYYMMDD) moved by `days`, in ISO 8601; None where it is none."""
+    seen = _date(date)
+    try:
+        return None if seen is None else (seen + datetime.timedelta(days=days)).isoformat()
+    except OverflowError:
+        return None
+
+
 def deidentification(config: IngestConfig) -> dict[str, Any]:
     """The block of dataset.json that says how this dataset was de-identified."""
     return {
         "method": "only the allow-listed columns and the pixels leave a source file",
         "pseudonyms": "HMAC-SHA256 under a secret key",
         "age_cap_years": AGE_CAP_YEARS,
+        "date_shift_days": config.date_shift_days,
+        "mask_boxes": len(config.mask_boxes),
         "burned_in_classes": "kept" if config.allow_burned_in else "quarantined",
         "columns": {column.name: column.action for column in COLUMNS},
     }

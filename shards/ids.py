@@ -72,6 +72,16 @@ class Pseudonymizer:
         # Compared from above, so that a fraction of 0 for the test split is exactly empty.
         return Split.VAL.value if bucket < 1 - fractions[2] else Split.TEST.value
 
+    def shift_days(self, patient: str, most: int) -> int:
+        """Days in [-most, most] by which every date of a pseudonymous patient moves: intervals stay true."""
+        number = int.from_bytes(self._hmac("date shift", self.site, patient)[:8], "big")
+        return number % (2 * most + 1) - most
+
+    @property
+    def site_id(self) -> str:
+        """Short keyed id of the site: tells two apart, and names neither to who has no key."""
+        return _base32(self._hmac("site-id", self.site))[:12]
+
     @property
     def key_id(self) -> str:
         """Short one-way id of the key (not of the site): tells two keys apart, safe to publish."""

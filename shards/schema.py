@@ -129,6 +129,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("echo_time_ms", _F64, "K", "echo time, ms"),
     Column("repetition_time_ms", _F64, "K", "repetition time, ms"),
     Column("echo_number", _I32, "K", "EchoNumbers"),
+    Column(
+        "study_date", _S, "C", "StudyDate moved by the patient's keyed days; null without date_shift_days"
+    ),
+    Column("accession", _S, "D", "keyed pseudonym of AccessionNumber"),
+    Column("crop_top", _I32, "-", "first row kept of the source frame; null where not cropped"),
+    Column("crop_left", _I32, "-", "first column kept; null likewise"),
 )
 
 COLUMN_NAMES: frozenset[str] = frozenset(c.name for c in COLUMNS)

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from pydicom.dataset import Dataset
 
-from ingest.config import ReadRules
+from ingest.config import MaskBox, ReadRules
 from ingest.dicom import header
 from ingest.dicom.geometry import ultrasound_region
 from ingest.dicom.syntaxes import SUPPORTED
 from ingest.frames import Refused
+from ingest.masks import covers_text, matching
 from shards.schema import Reason
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -69,6 +70,7 @@ class Admitted:
     columns: int
     frames: int
     samples: int
+    boxes: tuple[MaskBox, ...] = ()  # of known text, that apply to its frames
 
 
 def admit_class(dataset: Dataset, rules: ReadRules) -> tuple[str, str]:
@@ -112,10 +114,13 @@ def admit(dataset: Dataset, syntax: str, pixels: str, rules: ReadRules) -> Admit
     if min(rows, columns) < rules.min_side:
         raise Refused(Reason.TOO_SMALL, partition)
     sop_class = _sop_class(dataset)
-    if not rules.allow_burned_in and _burned_in_risk(dataset, sop_class, code, (rows, columns)):
+    maker = header.text(dataset, "Manufacturer")
+    boxes = matching(rules.mask_boxes, code, maker, rows, columns)
+    kept = rules.allow_burned_in or covers_text(boxes)
+    if not kept and _burned_in_risk(dataset, sop_class, code, (rows, columns)):
         raise Refused(Reason.BURNED_IN_RISK, partition)
     known = sop_class if sop_class in IMAGE_CLASSES | CAPTURE_CLASSES else None
-    return Admitted(partition, code, known, rows, columns, frames, samples)
+    return Admitted(partition, code, known, rows, columns, frames, samples, boxes)
 
 
 def _sop_class(dataset: Dataset) -> str:

@@ -1,7 +1,7 @@
 """One DICOM file to frames: admit > decode > crop > describe. Runs inside the decoder process."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from ingest.dicom.pixels import Stored, Values, has_modality_lut, read_frame
 from ingest.dicom.syntaxes import LOSSY, Pixels, describe
 from ingest.dicom.window import window
 from ingest.frames import Frame, Item, Refusal, Refused
+from ingest.masks import blanked, covers_text
 from ingest.values import check_pixels, limited, spread
 from shards.schema import Reason, Row
 
@@ -67,6 +68,7 @@ def _frame(source: _Source, index: int, texts: dict[str, str], identifiers: dict
         raise
     except Exception:  # noqa: BLE001 - the codecs raise anything on damaged data; their texts may hold PHI
         raise Refused(Reason.DECODE_FAILED) from None
+    stored = replace(stored, pixels=blanked(stored.pixels, facts.boxes, facts.code))
     geometry = frame_geometry(dataset, index)
     pixels = stored.pixels
     if facts.code == "US":
@@ -103,10 +105,11 @@ def _source_columns(source: _Source, stored: Stored, values: Values) -> Row:
 def _cropped(source: _Source, pixels: NDArray, geometry: Row) -> tuple[NDArray, Row]:
     region = ultrasound_region(source.dataset, *pixels.shape)
     if region is None:
-        if not source.rules.allow_burned_in:
+        if not source.rules.allow_burned_in and not covers_text(source.facts.boxes):
             raise Refused(Reason.BURNED_IN_RISK)
         return pixels, geometry
     cropped = np.ascontiguousarray(pixels[region.top : region.bottom, region.left : region.right])
+    geometry = geometry | {"crop_top": region.top, "crop_left": region.left}
     found = {"spacing_row_mm": region.spacing_row_mm, "spacing_column_mm": region.spacing_column_mm}
     return cropped, geometry | {name: value for name, value in found.items() if value is not None}
 
@@ -139,6 +142,7 @@ def _identifiers(dataset: Dataset) -> dict[str, str]:
         "series": "SeriesInstanceUID",
         "instance": "SOPInstanceUID",
         "frame_of_reference": "FrameOfReferenceUID",
+        "accession": "AccessionNumber",
     }
     return {name: header.text(dataset, keyword) for name, keyword in keywords.items()}
 

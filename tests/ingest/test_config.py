@@ -40,7 +40,12 @@ def test_the_fingerprint_covers_what_shapes_the_output_and_nothing_else():
     first = load_config(BASE).fingerprint()
     same = {"sources": ["x"], "output": "y", "key_file": "k", "unit_files": 3, "sandbox": "inline"}
     assert load_config(BASE | same).fingerprint() == first
-    for changed in ({"xr_max_side": 900}, {"codec": "png16"}, {"site": "south"}, {"allow_burned_in": True}):
+    for changed in (
+        {"xr_max_side": 900},
+        {"codec": "png16"},
+        {"date_shift_days": 9},
+        {"allow_burned_in": True},
+    ):
         assert load_config(BASE | changed).fingerprint() != first
 
 
