@@ -197,7 +197,7 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="ingest, augment, read, feed or step.")],
+    name: Annotated[str, typer.Argument(help="ingest, decoders, augment, read, feed or step.")],
     seconds: Annotated[float, typer.Option(help="Measuring time; set-up comes on top.")] = 60.0,
 ) -> None:
     """Measure this machine: one JSON object per figure, with the baseline measured in the same run."""

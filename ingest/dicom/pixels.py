@@ -121,11 +121,11 @@ def check_hounsfield(dataset: Dataset, values: Values) -> None:
     None, and US (unspecified), mean HU in CT. BAD_PIXEL_DESCRIPTION: neither slope, intercept nor Modality
     LUT and unsigned pixels, whose zero may lie anywhere. Signed ones are taken as HU themselves.
     """
-    luts = header.items(dataset, "ModalityLUTSequence")
-    unit = header.text(luts[0], "ModalityLUTType").upper() if luts else values.type
+    lut = _usable_lut(dataset)
+    unit = header.text(lut, "ModalityLUTType").upper() if lut is not None else values.type
     if unit not in _HOUNSFIELD_TYPES:
         raise Refused(Reason.DERIVED)
-    mapped = luts or values.slope is not None or values.intercept is not None
+    mapped = lut is not None or values.slope is not None or values.intercept is not None
     if not mapped and not header.integer(dataset, "PixelRepresentation"):
         raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
 
@@ -196,8 +196,15 @@ def _modality_lut(gray: NDArray, dataset: Dataset) -> tuple[NDArray, int, bool]:
 
 
 def has_modality_lut(dataset: Dataset) -> bool:
-    """Whether there is a Modality LUT; an empty sequence is none."""
-    return bool(header.items(dataset, "ModalityLUTSequence"))
+    """Whether there is a Modality LUT; an empty sequence and an item without values are none."""
+    return _usable_lut(dataset) is not None
+
+
+def _usable_lut(dataset: Dataset) -> Dataset | None:
+    lut = header.item(dataset, "ModalityLUTSequence")
+    if lut is None or header.value(lut, "LUTDescriptor") is None or header.value(lut, "LUTData") is None:
+        return None
+    return lut
 
 
 def _inverse_lut(dataset: Dataset) -> bool:
