@@ -5,25 +5,30 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from ingest.label_values import FIELDS, PLACE_COLUMNS, Parse, parser, placed_box, placed_mask, read_mask
 from ingest.tables import read_rows
 from shards import catalog
 from shards.errors import UserError
 from shards.ids import Pseudonymizer
 from shards.objects import open_store
-from shards.schema import Split
+from shards.schema import Row, Split
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_PLACED = ("boxes", "masks")
 _LONGEST_LABEL, _MOST_LABELS = 64, 1000
 _SPLITS = frozenset(split.value for split in Split)
 # Lower-case column name -> (catalogue column, kind of pseudonym); the first that a table has is used.
 _JOINS = {
+    "key": ("key", ""),  # a pseudonym already
     "file": ("source", "source"),
     "sopinstanceuid": ("instance", "instance"),
     "seriesinstanceuid": ("series", "series"),
     "studyinstanceuid": ("study", "study"),
+    "accessionnumber": ("accession", "accession"),
     "patientid": ("patient", "patient"),
 }
 
@@ -33,57 +38,132 @@ def join_labels(
     table: str | Path,
     names: Pseudonymizer,
     name: str = "labels",
-    label_column: str = "label",
+    label_column: str | None = "label",
     by: str | None = None,
     sources: Sequence[str | Path] = (),
+    kind: str = "classes",
+    values: Sequence[str] = (),
 ) -> pa.Table:
-    """Write labels/<name>.parquet: key, label, and split where the table has a column `split`.
+    """Write labels/<name>.parquet: key, the values, and split where the table has a column `split`.
 
-    The table joins by its column file (paths relative to the CSV), SOPInstanceUID, SeriesInstanceUID,
-    StudyInstanceUID or PatientID (`by` chooses where there are several). `sources`: those of the ingest
-    run, needed by file where the CSV lies above a source. Rows without a label or without a sample are
-    left out; their number is in the metadata `unmatched` of the returned table.
+    kind, values: ingest.label_values.parser (the columns of the values); the stored field and its type:
+    FIELDS there. The table joins by its column key, file (paths relative to the CSV), SOPInstanceUID,
+    SeriesInstanceUID, StudyInstanceUID, AccessionNumber or PatientID (`by` chooses where there are several);
+    a column `frame` (0-based) chooses one image of a file. `sources`: those of the ingest run, needed by file
+    where the CSV lies above a source. Boxes and masks follow the crop or reduction of their image; they are
+    not joined to NIfTI slices, which are turned. In the metadata of the returned table: `unmatched`, rows
+    without a value or without a sample; `misplaced`, boxes outside the stored image and masks that are no
+    grey PNG of the size of the source image; `repeated`, rows of an image that had one before.
     Raises UserError for a table that cannot be used, matches nothing, or names a file that two inputs have.
     """
     path = Path(table)
-    if not _NAME.fullmatch(name):
-        raise UserError("a name of labels has lower-case letters, digits, - and _ only: choose another")
-    columns, rows = read_rows(path)
-    if label_column not in columns:
-        raise UserError(f"the table {path.name} has no column {label_column!r}: set the label column")
-    join, candidates = _join(path, columns, by, sources)
-    catalog_column, kind = _JOINS[join.lower()]
-    samples = catalog.load(root, columns=sorted({"key", "source", "frame", catalog_column})).to_pylist()
+    columns, parse, join, candidates = check_table(path, name, label_column, by, sources, kind, values)
+    catalog_column, pseudonym = _JOINS[join.lower()]
+    wanted = {"key", "source", "frame", "kind", catalog_column, *PLACE_COLUMNS}
+    samples = {sample["key"]: sample for sample in catalog.load(root, columns=sorted(wanted)).to_pylist()}
     keys: dict[str, list[str]] = {}
     # Two samples of one path and frame: of two sources that were given one by one, or of a changed file.
-    several = Counter((sample["source"], sample["frame"]) for sample in samples)
+    several = Counter((sample["source"], sample["frame"]) for sample in samples.values())
     unclear = {source for (source, _), number in several.items() if number > 1}
-    for sample in samples:
-        if sample[catalog_column] is not None:
+    for sample in samples.values():
+        placeable = kind not in _PLACED or sample["kind"] != "nifti"
+        if sample[catalog_column] is not None and placeable:
             keys.setdefault(sample[catalog_column], []).append(sample["key"])
-    labelled: dict[str, tuple[str, str | None]] = {}
+    frame_column = next((column for column in columns if column.lower() == "frame"), None)
+    found = _Found(kind, path.resolve().parent, samples)
     unmatched = 0
-    for row in rows:
-        pseudonyms = (names.id(kind, value) for value in candidates(row[join]))
-        match = next((p for p in pseudonyms if p in keys), None) if row[label_column] else None
-        if kind == "source" and match in unclear:
+    for row in rows_of(path):
+        value = parse(row)
+        known = (names.id(pseudonym, v) if pseudonym else v for v in candidates(row[join]))
+        match = next((p for p in known if p in keys), None) if value is not None else None
+        if pseudonym == "source" and match in unclear:
             raise UserError(
                 f"a file of {path.name} may be one of two (two sources with equal names, or two versions): "
                 "join by SOPInstanceUID or PatientID, or ingest both sources into a new folder in one run"
             )
-        found = keys[match] if match is not None else []
-        unmatched += not found
+        matched = keys[match] if match is not None else []
+        if frame_column is not None and row[frame_column]:
+            matched = [key for key in matched if str(samples[key]["frame"]) == row[frame_column]]
+        unmatched += not matched
         split = row.get("split", "").lower()
-        for key in found:
-            labelled[key] = row[label_column], split if split in _SPLITS else None
-    _check(path, labelled)
-    order = sorted(labelled)
-    arrays = {"key": order, "label": [labelled[key][0] for key in order]}
+        for key in matched:
+            found.add(key, value, split if split in _SPLITS else "")
+    _check(path, found.texts(), bool(found.values))
+    order = sorted(found.values)
+    field, kind_of_field = FIELDS[kind]
+    arrays = {
+        "key": pa.array(order, pa.string()),
+        field: pa.array([found.values[key] for key in order], kind_of_field),
+    }
     if "split" in columns:
-        arrays["split"] = [labelled[key][1] or "" for key in order]
-    result = pa.table({n: pa.array(v, pa.string()) for n, v in arrays.items()})
+        arrays["split"] = pa.array([found.splits[key] for key in order], pa.string())
+    result = pa.table(arrays)
     catalog.write_labels(open_store(root), name, result)
-    return result.replace_schema_metadata({"unmatched": str(unmatched)})
+    return result.replace_schema_metadata(
+        {"unmatched": str(unmatched), "misplaced": str(found.misplaced), "repeated": str(found.repeated)}
+    )
+
+
+def check_table(
+    table: str | Path,
+    name: str = "labels",
+    label_column: str | None = "label",
+    by: str | None = None,
+    sources: Sequence[str | Path] = (),
+    kind: str = "classes",
+    values: Sequence[str] = (),
+) -> tuple[list[str], Parse, str, Callable[[str], Iterator[str]]]:
+    """Column names, value parser, joining column and its candidates; UserError before any work is done."""
+    path = Path(table)
+    if not _NAME.fullmatch(name):
+        raise UserError("a name of labels has lower-case letters, digits, - and _ only: choose another")
+    columns, _ = read_rows(path)
+    parse = parser(kind, path, columns, values, label_column)
+    if any(column.lower() in _JOINS for column in (*values, label_column or "")):
+        raise UserError("a column of identifiers cannot be the label: choose another label column")
+    join, candidates = _join(path, columns, by, sources)
+    return columns, parse, join, candidates
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return read_rows(path)[1]
+
+
+class _Found:
+    """The values of the samples so far. classes and masks: the last row counts; others are gathered."""
+
+    def __init__(self, kind: str, folder: Path, samples: dict[str, Row]) -> None:
+        self.kind, self.folder, self.samples = kind, folder, samples
+        self.values: dict[str, Any] = {}
+        self.splits: dict[str, str] = {}
+        self.misplaced = 0
+        self.repeated = 0  # rows of a sample that had a value
+
+    def add(self, key: str, value: Any, split: str) -> None:
+        self.repeated += key in self.values
+        if self.kind == "multi":
+            self.values[key] = sorted({*self.values.get(key, ()), *value})
+        elif self.kind == "boxes":
+            boxes = [placed_box(box, self.samples[key]) for box in value]
+            self.misplaced += boxes.count(None)
+            self.values.setdefault(key, []).extend(box for box in boxes if box is not None)
+        elif self.kind == "masks":
+            mask = read_mask(self.folder / value)
+            placed = None if mask is None else placed_mask(mask, self.samples[key])
+            if placed is None:
+                self.misplaced += 1
+                return
+            self.values[key] = placed
+        else:
+            self.values[key] = value
+        self.splits[key] = split
+
+    def texts(self) -> set[str]:
+        if self.kind == "boxes":
+            return {box["label"] or "" for boxes in self.values.values() for box in boxes}
+        if self.kind == "masks":
+            return set()
+        return {t for v in self.values.values() for t in ([v] if isinstance(v, str) else v)}
 
 
 def _join(
@@ -125,13 +205,12 @@ def _relative_names(folder: Path, value: str, roots: Sequence[Path]) -> Iterator
         yield "/".join(parts[start:])
 
 
-def _check(path: Path, labelled: dict[str, tuple[str, str | None]]) -> None:
-    if not labelled:
+def _check(path: Path, texts: set[str], found: bool) -> None:
+    if not found:
         raise UserError(
             f"no row of {path.name} matches a sample: give the table, sources and key of the ingested files"
         )
-    labels = {label for label, _ in labelled.values()}
-    if len(labels) > _MOST_LABELS or max(map(len, labels)) > _LONGEST_LABEL:
+    if len(texts) > _MOST_LABELS or max(map(len, texts), default=0) > _LONGEST_LABEL:
         # More likely a report or a name than a class: it must not get into a dataset.
         raise UserError(
             f"the labels of {path.name} look like free text (more than {_MOST_LABELS} classes or "

@@ -1,8 +1,10 @@
 """Labels join by path or identifier through pseudonyms, and only classes get in."""
 
 import cv2
+import numpy as np
 import pytest
 
+from ingest.label_values import placed_box, placed_mask
 from ingest.labels import join_labels
 from shards import catalog
 from shards.errors import UserError
@@ -97,3 +99,77 @@ def test_a_path_of_two_sources_ingested_one_by_one_is_refused(tmp_path):
     assert catalog.load(tmp_path / "out").num_rows == 2
     with pytest.raises(UserError, match="one of two"):
         join_labels(tmp_path / "out", a / "labels.csv", NAMES, sources=[a])
+
+
+def joined(out, tmp_path, text, **settings):
+    table = tmp_path / "t.csv"
+    table.write_text(text)
+    result = join_labels(out, table, NAMES, **settings)
+    stored = catalog.labels(out, "labels")
+    assert stored.column_names == result.column_names
+    patients = {r["key"]: r["patient"] for r in catalog.load(out).to_pylist()}
+    number = {NAMES.id("patient", f"P{n}"): n for n in range(10)}
+    return {number[patients[row["key"]]]: row for row in stored.to_pylist()}, result.schema.metadata
+
+
+def test_several_labels_are_columns_or_one_cell(made, tmp_path):
+    text = "file,a,b\na/0,1,1.0\na/1,0,0\na/2,,\n"
+    rows, metadata = joined(made[1], tmp_path, text, kind="multi", values=("a", "b"))
+    assert {n: row["labels"] for n, row in rows.items()} == {0: ["a", "b"], 1: []}
+    assert metadata[b"unmatched"] == b"1"
+    rows, _ = joined(made[1], tmp_path, "file,label\na/0,x|y\na/0,z\n", kind="multi")
+    assert rows[0]["labels"] == ["x", "y", "z"]
+
+
+def test_labels_join_by_key_and_by_accession_number(tmp_path):
+    for number in range(2):
+        write(tmp_path / "s" / f"{number}", grey(seed=number), number=number, patient=f"P{number}",
+              AccessionNumber=f"ACC-{number}")  # fmt: skip
+    out = tmp_path / "out"
+    ingest(tmp_path / "s", out)
+    rows, _ = joined(out, tmp_path, "AccessionNumber,label\nACC-1,yes\n")
+    assert {n: row["label"] for n, row in rows.items()} == {1: "yes"}
+    rows, _ = joined(out, tmp_path, f"key,label\n{rows[1]['key']},no\n")
+    assert {n: row["label"] for n, row in rows.items()} == {1: "no"}
+    for path in (p for p in out.rglob("*") if p.is_file()):
+        assert b"ACC-" not in path.read_bytes()
+
+
+def test_boxes_and_masks_follow_the_reduction_of_an_x_ray(tmp_path):
+    write(tmp_path / "s" / "0", grey(size=(200, 100)), modality="CR", patient="P0")
+    out = tmp_path / "out"
+    ingest(tmp_path / "s", out, xr_max_side=100)
+    text = "file,x0,y0,x1,y1,label\n0,10,20,30,60,node\n0,90,0,400,50,\n0,200,0,300,9,out\n"
+    rows, metadata = joined(out, tmp_path / "s", text, kind="boxes")
+    first, second = rows[0]["boxes"]
+    assert first == {"x0": 5, "y0": 10, "x1": 15, "y1": 30, "label": "node"}
+    assert (second["x1"], second["label"]) == (50, None) and metadata[b"misplaced"] == b"1"
+    text = 'file,b\n0,"[[10, 20, 30, 60]]"\n'
+    rows, _ = joined(out, tmp_path / "s", text, kind="boxes", values=("b",))
+    assert rows[0]["boxes"][0]["y1"] == 30
+    with pytest.raises(UserError, match="four numbers"):
+        joined(out, tmp_path / "s", "file,x0,y0,x1,y1\n0,9,9,1,1\n", kind="boxes")
+    mask = np.zeros((200, 100), np.uint8)
+    mask[20:60, 10:30] = 2
+    cv2.imwrite(str(tmp_path / "s" / "m.png"), mask)
+    rows, _ = joined(out, tmp_path / "s", "file,mask\n0,m.png\n", kind="masks")
+    stored = cv2.imdecode(np.frombuffer(rows[0]["mask"], np.uint8), cv2.IMREAD_UNCHANGED)
+    assert stored.shape == (100, 50) and (stored == mask[::2, ::2]).all()
+    cv2.imwrite(str(tmp_path / "s" / "m.png"), mask[1:])
+    with pytest.raises(UserError, match="matches"):
+        joined(out, tmp_path / "s", "file,mask\n0,m.png\n", kind="masks")
+
+
+def test_boxes_and_masks_follow_the_crop_of_an_ultrasound_image():
+    sample = {"rows": 10, "columns": 20, "original_rows": 40, "original_columns": 60}
+    sample |= {"crop_top": 5, "crop_left": 7}
+    assert placed_box((8, 6, 100, 9, ""), sample) == {"x0": 1, "y0": 1, "x1": 20, "y1": 4, "label": None}
+    assert placed_box((0, 0, 5, 5, ""), sample) is None
+    mask = grey("uint8", 8, size=(40, 60))
+    stored = cv2.imdecode(np.frombuffer(placed_mask(mask, sample), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert (stored == mask[5:15, 7:27]).all()
+
+
+def test_a_column_of_identifiers_is_no_label(made, tmp_path):
+    with pytest.raises(UserError, match="identifiers"):
+        joined(made[1], tmp_path, "file,PatientID\na/0,P0\n", label_column="PatientID")
