@@ -1,7 +1,7 @@
 """`medswav bench decoders`: the decoder that ingest tries first, against the other candidates, by syntax.
 
-Every candidate decodes the same frame of 512 x 512 (12 in 16 bits where the syntax holds them): pydicom's plugins
-as ingest calls them, and imagecodecs, which is called without any of their checks.
+Every candidate decodes the same 512 x 512 frame (12 in 16 bits where the syntax holds them): pydicom's
+plugins as ingest calls them, and imagecodecs, which is called without any of their checks.
 """
 
 from collections.abc import Callable, Iterator
