@@ -9,6 +9,7 @@ reading in this process (512 x 512 x 16 bit: 6 %), and 0.5 s for the start of a 
 import fcntl
 import json
 import os
+import re
 import select
 import struct
 import subprocess
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ingest.config import IngestConfig, ReadRules
@@ -87,6 +89,10 @@ class ProcessReader:
             if not finished:  # also when the consumer stopped half-way: what follows would be misread
                 self.close()
 
+    def usage(self) -> tuple[float, int]:
+        """(CPU seconds so far, peak of resident bytes) of the child; (0, 0) where none runs."""
+        return (0.0, 0) if self._child is None else process_usage(self._child.pid)
+
     def close(self) -> None:
         """End the child."""
         child, self._child = self._child, None
@@ -133,6 +139,14 @@ class ProcessReader:
                 raise _ChildLostError
             view = view[got:]
         return buffer
+
+
+def process_usage(pid: int) -> tuple[float, int]:
+    """(CPU seconds, peak of resident bytes) of a live process, from /proc. Raises OSError for a dead one."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    ticks = int(fields[11]) + int(fields[12])  # utime, stime
+    return ticks / os.sysconf("SC_CLK_TCK"), int(peak[1]) << 10 if peak else 0
 
 
 def open_reader(config: IngestConfig) -> Reader:

@@ -29,13 +29,15 @@ def pixel_statistics(pixels: NDArray) -> dict[str, float]:
     From one exact histogram and integer sums: the same float64 on every machine and thread count.
     """
     check_pixels(pixels)
-    low = int(pixels.min())
-    counts = np.bincount((pixels.astype(np.int32) - low).ravel())
-    values = [int(v) for v in np.flatnonzero(counts)]
-    weights = [int(counts[v]) for v in values]
+    low, counts = _histogram(pixels)
+    values = np.flatnonzero(counts)
+    low, counts, values = low + int(values[0]), counts[values[0] :], values - values[0]
+    weights = counts[values]
     number = pixels.size
-    total = sum(v * w for v, w in zip(values, weights, strict=True))
-    squares = sum(v * v * w for v, w in zip(values, weights, strict=True))
+    if number >= 1 << 31:  # 2**32 of a square times this no longer fits 64 bits
+        values, weights = values.astype(object), weights.astype(object)
+    total = int((values * weights).sum())
+    squares = int((values * values * weights).sum())
     cumulative = np.cumsum(counts)
     return {
         "p005": low + _percentile(cumulative, 0.005),
@@ -43,8 +45,16 @@ def pixel_statistics(pixels: NDArray) -> dict[str, float]:
         "mean": low + total / number,
         "std": math.sqrt((number * squares - total * total) / (number * number)),
         "minimum": float(low),
-        "maximum": float(low + values[-1]),
+        "maximum": float(low + int(values[-1])),
     }
+
+
+def _histogram(pixels: NDArray) -> tuple[int, NDArray]:
+    """(value of the first bin, counts): one pass, without a look for the extremes."""
+    if pixels.dtype == np.int16:
+        unsigned = np.ascontiguousarray(pixels).view(np.uint16) ^ np.uint16(1 << 15)
+        return -(1 << 15), np.bincount(unsigned.ravel())
+    return 0, np.bincount(pixels.ravel())
 
 
 def _percentile(cumulative: NDArray, fraction: float) -> float:

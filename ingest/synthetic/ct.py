@@ -16,9 +16,9 @@ class CtSeries:
     window: tuple[float, float]  # centre, width
 
 
-def chest(rng: Random, positive: bool, slices: int) -> CtSeries:
-    """One patient's slices; every slice of a positive patient shows the foci."""
-    side = int(rng.integers(112, 177))
+def chest(rng: Random, positive: bool, slices: int, side: int = 0) -> CtSeries:
+    """One patient's slices; every slice of a positive patient shows the foci. side: in pixels, 0 draws one."""
+    side = side or int(rng.integers(112, 177))
     shape = (side, side)
     body = _Body.draw(rng)
     seed = int(rng.integers(2**31))
