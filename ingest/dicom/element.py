@@ -36,11 +36,8 @@ class PixelElement:
 
     def native(self, index: int, size: int, samples_of_a_byte: bool) -> bytes:
         """The `size` bytes of uncompressed frame `index`. Raises Refused (UNREADABLE): cut off."""
-        if self.length is None:
-            raise Refused(Reason.UNREADABLE)
+        self.check_native(index, size)
         begin, end = index * size, (index + 1) * size
-        if end > min(self.length, self.size - self.start):
-            raise Refused(Reason.UNREADABLE)
         if not (self.big_words and samples_of_a_byte):
             return self._read((self.start + begin, size))
         # Two samples of a byte lie in each big endian word: they are swapped, over the ends of frames too.
@@ -50,6 +47,11 @@ class PixelElement:
             np.frombuffer(words.ljust(len(words) + len(words) % 2, b"\0"), ">u2").astype("<u2").tobytes()
         )
         return swapped[begin - first :][:size]
+
+    def check_native(self, index: int, size: int) -> None:
+        """Raise Refused (UNREADABLE) where uncompressed frame `index` of `size` bytes is cut off."""
+        if self.length is None or (index + 1) * size > min(self.length, self.size - self.start):
+            raise Refused(Reason.UNREADABLE)
 
     def encoded(self, index: int, frames: int, limit: int) -> bytes:
         """The codestream of frame `index` of `frames`; at most `limit` bytes. Raises Refused."""

@@ -62,6 +62,7 @@ def _frames(source: _Source) -> Iterator[Item]:
 def _frame(source: _Source, index: int, texts: dict[str, str], identifiers: dict[str, str]) -> Frame:
     dataset, facts, rules = source.dataset, source.facts, source.rules
     values = _values(dataset, index)
+    source.pixels.check_whole(index)
     try:
         stored = read_frame(dataset, source.pixels, index, facts.code, values)
     except (Refused, MemoryError):

@@ -108,6 +108,11 @@ class Pixels:
         size = o["rows"] * o["columns"] * o["samples_per_pixel"] * o["bits_allocated"] // 8
         return size * 2 // 3 if o["photometric_interpretation"] == "YBR_FULL_422" else size
 
+    def check_whole(self, index: int) -> None:
+        """Raise Refused (UNREADABLE) for an uncompressed frame that is cut off."""
+        if self.syntax in NATIVE:
+            self.element.check_native(index, self.frame_bytes)
+
     def native(self, index: int) -> bytes:
         return self.element.native(index, self.frame_bytes, self.options["bits_allocated"] == 8)
 
