@@ -400,7 +400,8 @@ def _make_filesystem(scheme: str) -> Any:
         fs.retries = 1
         return fs
     token = {"token": "anon"} if os.environ.get("STORAGE_EMULATOR_HOST") else {}
-    return library.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True, **token)
+    # The class of the JSON API: the other one appends to objects of zonal buckets, which shows parts of them.
+    return library.core.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True, **token)
 
 
 def _library(scheme: str) -> Any:

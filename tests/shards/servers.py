@@ -4,7 +4,7 @@ import http.client
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -106,7 +106,8 @@ def _reply(handler: BaseHTTPRequestHandler, status: int, headers: list[tuple[str
     handler.send_header("Content-Length", length)
     handler.end_headers()
     if handler.command != "HEAD":
-        handler.wfile.write(body)
+        with suppress(BrokenPipeError):  # a client that has seen the status may hang up
+            handler.wfile.write(body)
 
 
 @contextmanager
