@@ -53,14 +53,11 @@ class PixelElement:
         if self.length is None or (index + 1) * size > min(self.length, self.size - self.start):
             raise Refused(Reason.UNREADABLE)
 
-    def encoded(self, index: int, frames: int, limit: int) -> bytes:
-        """The codestream of frame `index` of `frames`; at most `limit` bytes. Raises Refused."""
-        groups = self._grouped(frames)
-        if index >= len(groups):
-            raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
-        if sum(size for _, size in groups[index]) > limit:
+    def joined(self, spans: list[Span], limit: int) -> bytes:
+        """The bytes of fragments; at most `limit`. Raises Refused."""
+        if sum(size for _, size in spans) > limit:
             raise Refused(Reason.TOO_LARGE)
-        return b"".join(self._read(span) for span in groups[index])
+        return b"".join(self._read(span) for span in spans)
 
     def _read(self, span: Span) -> bytes:
         self.file.seek(span[0])
@@ -69,11 +66,14 @@ class PixelElement:
             raise Refused(Reason.UNREADABLE)
         return data
 
-    def _grouped(self, frames: int) -> list[list[Span]]:
-        """The fragments of each frame: by an offset table, one each, or by the end marks of JPEG."""
+    def grouped(self, frames: int) -> list[list[Span]]:
+        """The fragments of each frame: by an offset table, one each, or by the end marks of JPEG.
+
+        Raises Refused: UNREADABLE for a file that is cut off, BAD_PIXEL_DESCRIPTION for another count.
+        """
         fragments = self._fragments
         offsets = self._offsets
-        if offsets:
+        if len(offsets) >= frames:
             return _by_offset(fragments, offsets)
         if frames == 1:
             return [fragments]

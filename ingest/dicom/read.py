@@ -54,6 +54,12 @@ def _frames(source: _Source) -> Iterator[Item]:
     every = range(frames) if is_enhanced(dataset) else spread(frames, source.rules.frames_per_cine)
     for index in every:
         try:
+            source.pixels.check_whole(index)
+        except Refused as refused:
+            # One refusal for all that is missing: a header may declare millions of frames.
+            yield Refusal(refused.reason, index if index else -1, source.facts.modality)
+            return
+        try:
             yield _frame(source, index, texts, identifiers)
         except Refused as refused:
             yield Refusal(refused.reason, index if frames > 1 else -1, source.facts.modality)
@@ -62,7 +68,6 @@ def _frames(source: _Source) -> Iterator[Item]:
 def _frame(source: _Source, index: int, texts: dict[str, str], identifiers: dict[str, str]) -> Frame:
     dataset, facts, rules = source.dataset, source.facts, source.rules
     values = _values(dataset, index)
-    source.pixels.check_whole(index)
     try:
         stored = read_frame(dataset, source.pixels, index, facts.code, values)
     except (Refused, MemoryError):

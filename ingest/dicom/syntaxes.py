@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,9 +20,11 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import UID
 
 from ingest.dicom import header
-from ingest.dicom.element import PixelElement
+from ingest.dicom.element import PixelElement, Span
 from ingest.dicom.header import DEFLATED
+from ingest.frames import Refused
 from shards.errors import UserError
+from shards.schema import Reason
 
 _PREFIX = "1.2.840.10008.1.2"
 NATIVE = frozenset({_PREFIX, _PREFIX + ".1", _PREFIX + ".2", DEFLATED})
@@ -109,16 +112,23 @@ class Pixels:
         return size * 2 // 3 if o["photometric_interpretation"] == "YBR_FULL_422" else size
 
     def check_whole(self, index: int) -> None:
-        """Raise Refused (UNREADABLE) for an uncompressed frame that is cut off."""
+        """Raise Refused where frame `index` and those after it are not there: of encapsulated ones all."""
         if self.syntax in NATIVE:
             self.element.check_native(index, self.frame_bytes)
+        elif not self.codestreams[index:]:
+            raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
 
     def native(self, index: int) -> bytes:
         return self.element.native(index, self.frame_bytes, self.options["bits_allocated"] == 8)
 
+    @cached_property
+    def codestreams(self) -> list[list[Span]]:
+        """Where the fragments of each encapsulated frame lie. Raises Refused."""
+        return self.element.grouped(self.frames)
+
     def encoded(self, index: int) -> bytes:
         # No lossless codestream is much longer than its samples.
-        return self.element.encoded(index, self.frames, 4 * self.frame_bytes + (1 << 20))
+        return self.element.joined(self.codestreams[index], 4 * self.frame_bytes + (1 << 20))
 
 
 def describe(dataset: Dataset, element: PixelElement, syntax: str, frames: int) -> Pixels:

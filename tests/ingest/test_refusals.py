@@ -217,3 +217,15 @@ def test_a_region_speaks_for_ultrasound_only(tmp_path, modality):
         tmp_path / "f", modality=modality, SequenceOfUltrasoundRegions=_whole(2, 8), BurnedInAnnotation="YES"
     )
     assert refused(path) == Reason.BURNED_IN_RISK
+
+
+@pytest.mark.parametrize("syntax", [None, RLELossless], ids=str)
+def test_declared_frames_that_are_not_there_are_one_refusal(tmp_path, syntax):
+    more = {"syntax": syntax} if syntax else {}
+    groups = Sequence([Dataset()])
+    path = write(tmp_path / "f", NumberOfFrames=1_000_000, PerFrameFunctionalGroupsSequence=groups, **more)
+    items = read(path)
+    if syntax is None:
+        assert isinstance(items[0], Frame) and items[1:] == [Refusal(Reason.UNREADABLE, 1, "mr")]
+    else:  # which of the declared frames the one codestream is cannot be known
+        assert items == [Refusal(Reason.BAD_PIXEL_DESCRIPTION, -1, "mr")]
