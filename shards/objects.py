@@ -10,7 +10,6 @@ GOOGLE_APPLICATION_CREDENTIALS, STORAGE_EMULATOR_HOST. None is ever logged.
 """
 
 import hashlib
-import importlib
 import io
 import os
 import random
@@ -19,8 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
+from shards import remote
 from shards.errors import UserError
 from shards.store import OPS, TEMPORARY_PREFIX, Store
 
@@ -28,30 +28,12 @@ _T = TypeVar("_T")
 _Names = list[str]  # inside the class `list` is its method
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)")
 _SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs"}
-_EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}  # scheme -> module, extra of this package
 _PART_BYTES = 32 << 20  # of a multipart upload; files below twice that go by one PUT
 _PARTS_AT_ONCE = 4
 _ATTEMPTS = 7
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0  # seconds between attempts, doubled each time, with jitter
 _BUFFER_BYTES = 1 << 20
 _WRITER = "writer"  # metadata of a created object: a random token, which tells our own success from another's
-_ENVIRONMENT = ("AWS_", "FSSPEC_", "GOOGLE_", "STORAGE_EMULATOR", "GCSFS_")
-_TRANSIENT_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})  # 409: two conditional writes at once
-_TRANSIENT_CODES = frozenset({"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown"})
-_TRANSIENT_CLASSES = frozenset(  # of botocore, aiohttp, requests and gcsfs, which need not be installed
-    {
-        "HTTPClientError",
-        "ConnectionError",
-        "IncompleteReadError",
-        "ResponseParserError",
-        "ClientPayloadError",
-        "ClientConnectionError",
-        "ChecksumError",
-    }
-)
-_NO_ACCESS_CLASSES = frozenset(
-    {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "GoogleAuthError"}
-)
 
 
 def is_url(root: str | Path) -> bool:
@@ -94,10 +76,6 @@ class _Head:
     modified: float  # seconds since 1970
 
 
-class _DamagedError(OSError):
-    """The store holds something else than what was sent."""
-
-
 class ObjectStore(Store):
     """Immutable objects under s3://bucket/prefix or gs://bucket/prefix; safe between threads, after a fork.
 
@@ -117,7 +95,7 @@ class ObjectStore(Store):
         self.root: str = location(root)
         self._scheme, _, self._prefix = self.root.partition("://")
         self._attempts, self._first_wait, self._part_bytes = attempts, first_wait, part_bytes
-        _library(self._scheme)
+        remote.library(self._scheme)
 
     def local(self, name: str) -> Path:
         """Raises UserError: an object has no path."""
@@ -141,7 +119,7 @@ class ObjectStore(Store):
             fs.put_file(str(data), path, **options)
         head = self._head(fs, path)
         if head.size != sent.size or (head.digest and head.digest not in sent.digests):
-            raise _DamagedError("the store holds something else than what was sent")
+            raise remote.DamagedError("the store holds something else than what was sent")
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object if there is none of that name: True for exactly one of any number of callers.
@@ -156,7 +134,7 @@ class ObjectStore(Store):
             try:
                 fs.pipe_file(path, data, mode="create", **{key: metadata})
             except Exception as error:
-                if not isinstance(error, FileExistsError) and _status(error) != 412:
+                if not isinstance(error, FileExistsError) and remote.status(error) != 412:
                     raise
                 return self._head(fs, path).writer == token
             return True
@@ -179,7 +157,7 @@ class ObjectStore(Store):
             except FileNotFoundError:
                 raise
             except Exception as error:
-                if _status(error) != 416:  # the range begins at the end or behind it
+                if remote.status(error) != 416:  # the range begins at the end or behind it
                     raise
                 return b""
 
@@ -220,7 +198,7 @@ class ObjectStore(Store):
             try:
                 return not fs.ls(self._prefix, detail=False)
             except FileNotFoundError as error:
-                if _code(error) == "NoSuchBucket":
+                if remote.code(error) == "NoSuchBucket":
                     raise
                 return True
 
@@ -269,7 +247,7 @@ class ObjectStore(Store):
 
     def _call(self, function: Callable[[Any], _T]) -> _T:
         """function(file system), repeated after transient errors; what remains as a clear error."""
-        fs = _filesystem(self._scheme)
+        fs = remote.filesystem(self._scheme)
         attempts = self._attempts if self._scheme == "s3" else 1  # gcsfs repeats by itself
         for attempt in range(attempts):
             try:
@@ -277,7 +255,7 @@ class ObjectStore(Store):
             except UserError:
                 raise
             except Exception as error:
-                transient = _is_transient(error)
+                transient = remote.is_transient(error)
                 if not transient or attempt == attempts - 1:
                     clear = self._clear(error, transient)
                     if clear is None:
@@ -289,18 +267,18 @@ class ObjectStore(Store):
 
     def _clear(self, error: Exception, transient: bool) -> Exception | None:
         """The error to raise instead; None: the error itself."""
-        if _code(error) == "NoSuchBucket":
+        if remote.code(error) == "NoSuchBucket":
             return UserError(f"{self.root}: there is no such bucket: create it, or correct the URL")
         if isinstance(error, FileNotFoundError):
             return None
         classes = {c.__name__ for c in type(error).__mro__}
-        forbidden = _status(error) in (401, 403) or str(error).startswith("Forbidden")
-        if isinstance(error, PermissionError) or forbidden or classes & _NO_ACCESS_CLASSES:
+        forbidden = remote.status(error) in (401, 403) or str(error).startswith("Forbidden")
+        if isinstance(error, PermissionError) or forbidden or classes & remote.NO_ACCESS_CLASSES:
             return UserError(
                 f"{self.root}: access denied: check the credentials, and that they may list, read, write and "
                 "delete objects there"
             )
-        if isinstance(error, _DamagedError):
+        if isinstance(error, remote.DamagedError):
             return UserError(f"{self.root}: the store did not keep what was sent: check it, then run again")
         if transient:
             return UserError(
@@ -371,80 +349,3 @@ def _parts(data: bytes | Path, part_bytes: int) -> Iterator[bytes]:
     with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
         while part := file.read(part_bytes):
             yield part
-
-
-_filesystems: dict[str, tuple[tuple[Any, ...], Any]] = {}
-
-
-def _filesystem(scheme: str) -> Any:
-    """The fsspec file system of this process, made again after a fork or a change of the environment."""
-    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT)))
-    key = (os.getpid(), settings)
-    known = _filesystems.get(scheme)
-    if known is None or known[0] != key:
-        known = _filesystems[scheme] = (key, _make_filesystem(scheme))
-    return known[1]
-
-
-def _make_filesystem(scheme: str) -> Any:
-    library = _library(scheme)
-    # No caches: another writer's objects are seen at once. One layer of retries: ours, which is bounded.
-    if scheme == "s3":
-        config = {
-            "retries": {"max_attempts": 0},
-            "connect_timeout": 10,
-            "read_timeout": 60,
-            "max_pool_connections": 64,
-        }
-        fs = library.S3FileSystem(config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
-        fs.retries = 1
-        return fs
-    token = {"token": "anon"} if os.environ.get("STORAGE_EMULATOR_HOST") else {}
-    # The class of the JSON API: the other one appends to objects of zonal buckets, which shows parts of them.
-    return library.core.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True, **token)
-
-
-def _library(scheme: str) -> Any:
-    module, extra = _EXTRAS[scheme]
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{scheme}:// needs {module}: pip install 'medswav[{extra}]'") from None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, if any."""
-    for cause in _causes(error):
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            return cast("int | None", response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-        code = getattr(cause, "code", None)
-        if str(code).isdigit():
-            return int(str(code))
-    return None
-
-
-def _code(error: BaseException) -> str:
-    """The S3 error code behind an error, or ""."""
-    for cause in _causes(error):
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
-
-
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
-        return False
-    if isinstance(error, (_DamagedError, ConnectionError, TimeoutError)):
-        return True
-    if _status(error) in _TRANSIENT_STATUS or _code(error) in _TRANSIENT_CODES:
-        return True
-    return any(c.__name__ in _TRANSIENT_CLASSES for c in type(error).__mro__)
