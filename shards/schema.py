@@ -8,6 +8,7 @@ column that has no DICOM attribute behind it.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -138,6 +139,7 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 COLUMN_NAMES: frozenset[str] = frozenset(c.name for c in COLUMNS)
+_REQUIRED = tuple(c.name for c in COLUMNS if not c.nullable)
 # Where a sample lies is known only once its shard is written: these are in the catalogue, not in the tar.
 LOCATION_COLUMNS: frozenset[str] = frozenset({"shard", "offset", "size"})
 
@@ -153,6 +155,7 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 
 
+@lru_cache(maxsize=1)
 def catalog_schema() -> pa.Schema:
     """The Parquet schema of catalog/<modality>/*.parquet."""
     return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in COLUMNS])
@@ -163,6 +166,6 @@ def check_row(row: Row) -> None:
     unknown = row.keys() - COLUMN_NAMES
     if unknown:
         raise ValueError(f"columns not on the allow-list: {sorted(unknown)}")
-    missing = [c.name for c in COLUMNS if not c.nullable and row.get(c.name) is None]
+    missing = [name for name in _REQUIRED if row.get(name) is None]
     if missing:
         raise ValueError(f"required columns missing: {missing}")
