@@ -126,6 +126,8 @@ class ReadRules(_Settings):
     # Declared samples (rows x columns x samples per pixel) of a frame, of a file; above: refused undecoded.
     max_frame_pixels: int = Field(64 << 20, ge=1)
     max_pixels: int = Field(4 << 30, ge=1)
+    max_member_bytes: int = Field(2 << 30, ge=1)  # one file of a zip or tar, inflated; above: refused
+    max_members: int = Field(250_000, ge=1)  # files of one archive; the rest is refused
     frames_per_cine: int = Field(16, ge=1)
     # Keep the classes with a high risk of text in the pixels: secondary capture, ultrasound without regions.
     allow_burned_in: bool = False

@@ -202,4 +202,4 @@ def read_entry(entry: Entry, reader: Reader) -> Iterator[Item]:
     elif entry.listed and entry.modality == "none":
         yield Refusal(Reason.MODALITY_OUT_OF_SCOPE)
     else:
-        yield from reader.read(entry.path, entry.kind, entry.modality)
+        yield from reader.read(entry.path, entry.kind, entry.modality, entry.member)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ingest.config import IngestConfig
+from ingest.archives import PREFIX_BYTES, Member, archive_kind, open_archive, opened, prepared
+from ingest.config import IngestConfig, ReadRules
 from ingest.dicom.admit import admit_class
 from ingest.dicom.header import open_dataset, quiet, text
 from ingest.dicom.syntaxes import check_decoders
@@ -30,6 +31,7 @@ _HEADER_TAGS = (
 )
 _HEADER_LIMIT = 16 << 20  # bytes that a deflated header scan may inflate
 _WHOLE_BYTES, _BLOCKS = 1 << 20, 64
+_ANY = ReadRules(max_member_bytes=1 << 62, max_members=1 << 40)  # the inventory has held it to its limits
 _SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)(?:$|[_.])")
 
 
@@ -55,6 +57,8 @@ class Entry:
     listed: bool = False
     salt: str = ""  # in the identity: tells files of several sources apart that are otherwise equal
     hint: str = ""  # reason of a refusal that the header scan foresees, for the plan
+    member: str = ""  # key of a file of the archive at `path` (ingest.archives)
+    order: int = 0  # in a compressed tar, which is read forwards
     absent: bool = False  # listed in a table, but not there
 
 
@@ -78,10 +82,10 @@ def inventory(config: IngestConfig, progress: Callable[[int], None] | None = Non
         if real in used:
             continue  # a table is configuration, not an input
         source = f"{sources[root]}//{relative}" if relative in several else relative
-        entries.append(_entry(path, relative, source, listed.get(real), config))
+        entries += _entries(path, relative, source, real, listed, config)
         if progress is not None:
             progress(len(entries))
-    entries = list(_told_apart(entries)) + _absent(listed, found, config)
+    entries = list(_told_apart(entries, config)) + _absent(listed, found, entries, config)
     if not any(e.kind in ("dicom", "nifti") or e.listed for e in entries):
         raise UserError(
             "the sources hold no DICOM, no NIfTI and no image that a table lists: "
@@ -117,6 +121,8 @@ def content_of(path: str, size: int, head: bytes, kind: str) -> bytes:
 
 def unchanged(entry: Entry) -> bool:
     """Whether the file is still what the inventory saw."""
+    if entry.member:
+        return _member_unchanged(entry)
     head = read_head(entry.path)
     size = 0 if head is None else _size(entry.path)
     content = content_of(entry.path, size, head or b"", entry.kind)
@@ -137,7 +143,7 @@ def source_names(sources: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _told_apart(entries: list[Entry]) -> Iterator[Entry]:
+def _told_apart(entries: list[Entry], config: IngestConfig) -> Iterator[Entry]:
     """Entries of equal identity get a salt by content, so that the order of the sources tells nothing.
 
     Equal files are numbered: which of them is which does not matter. Different ones are told apart by all of
@@ -151,13 +157,16 @@ def _told_apart(entries: list[Entry]) -> Iterator[Entry]:
         if len(members) == 1:
             yield entry
             continue
-        hashes = {member.source: _sha256(member.path) for member in members}
+        hashes = {member.source: _content_sha256(member, config) for member in members}
         mine = hashes[entry.source]
         number = sorted(source for source, value in hashes.items() if value == mine).index(entry.source)
         parts = ([mine] if len(set(hashes.values())) > 1 else []) + ([str(number)] if number else [])
         salt = "/".join(parts)
-        head = read_head(entry.path)
-        content = content_of(entry.path, entry.size, head or b"", entry.kind)
+        if entry.member:
+            content = _member_content(entry, config.rules())
+        else:
+            head = read_head(entry.path)
+            content = content_of(entry.path, entry.size, head or b"", entry.kind)
         yield replace(entry, salt=salt, identity=identity_of(entry.relative, entry.size, content, salt))
 
 
@@ -170,23 +179,28 @@ def _sha256(path: str) -> str:
 
 
 def _absent(
-    listed: Mapping[str, Listing], found: Iterable[tuple[str, str, str]], config: IngestConfig
+    listed: Mapping[str, Listing],
+    found: Iterable[tuple[str, str, str]],
+    entries: Sequence[Entry],
+    config: IngestConfig,
 ) -> list[Entry]:
-    """An input to refuse for every file that a table lists and that is not there."""
+    """An input to refuse for every file that a table lists and that lies in no source."""
+    taken = {os.path.realpath(path) for path, _, _ in found}
+    taken |= {
+        os.path.realpath(e.path) + e.relative.partition(Path(e.path).name)[2] for e in entries if e.member
+    }
     names = source_names(config.sources)
     roots = {os.path.realpath(root): name for root, name in names.items()}
-    entries = []
-    for path in sorted(listed.keys() - {os.path.realpath(path) for path, _, _ in found}):
-        if os.path.exists(path):  # noqa: PTH110 - a file outside of the sources
-            continue
+    absent = []
+    for path in sorted(listed.keys() - taken):
         below = next((root for root in roots if Path(path).is_relative_to(root)), None)
         relative = os.path.relpath(path, below or listed[path].folder).replace(os.sep, "/")
         relative = relative.encode("utf-8", "backslashreplace").decode()
         source = relative if below is None or len(roots) == 1 else f"{roots[below]}//{relative}"
         identity = identity_of(relative, 0, b"", f"absent {source}")
         hint = Reason.SOURCE_MISSING.value
-        entries.append(Entry(path, relative, source, 0, "other", identity, absent=True, hint=hint))
-    return entries
+        absent.append(Entry(path, relative, source, 0, "other", identity, absent=True, hint=hint))
+    return absent
 
 
 def _walk(config: IngestConfig) -> Iterator[tuple[str, str, str]]:
@@ -243,20 +257,88 @@ def _entry(path: str, relative: str, source: str, listing: Listing | None, confi
     if kind == "dicom":
         modality, group, hint = _scan_dicom(path, config)
         return Entry(path, relative, source, size, kind, identity, modality, group, hint=hint)
-    if kind == "other" or (kind == "raster" and listing is None):
-        hint = Reason.NOT_AN_IMAGE if kind == "other" else Reason.NOT_LISTED
-        return Entry(path, relative, source, size, kind, identity, hint=hint.value)
+    return _described(Entry(path, relative, source, size, kind, identity), listing, config)
+
+
+def _entries(
+    path: str, relative: str, source: str, real: str, listed: Mapping[str, Listing], config: IngestConfig
+) -> Iterator[Entry]:
+    """The input at a path, or those of the archive there."""
+    kind = archive_kind(read_head(path) or b"")
+    if not kind:
+        yield _entry(path, relative, source, listed.get(real), config)
+        return
+    names: Counter[str] = Counter()
+    try:
+        with open(path, "rb") as file:
+            archive = open_archive(file, kind, config.rules())
+            if archive is None:
+                yield _entry(path, relative, source, listed.get(real), config)
+                return
+            for order, member in enumerate(archive.members()):
+                name = member.name.encode("utf-8", "backslashreplace").decode()
+                names[name] += 1
+                inner = f"/{name}" + (f"#{names[name]}" if names[name] > 1 else "")
+                group = f"\0archive\0{source}" if archive.sequential else ""
+                entry = _member_entry(
+                    path, relative + inner, source + inner, member, listed.get(real + inner), config
+                )
+                yield replace(entry, group=group, order=order) if group else entry
+    except (Refused, OSError) as error:
+        reason = error.reason if isinstance(error, Refused) else Reason.UNREADABLE
+        identity = identity_of(relative, _size(path), reason.value.encode())
+        yield Entry(
+            path, relative, source, 0, "other", identity, hint=reason.value, member=f"!{reason.value}"
+        )
+
+
+def _member_entry(
+    path: str, relative: str, source: str, member: Member, listing: Listing | None, config: IngestConfig
+) -> Entry:
+    identity = identity_of(relative, member.size, member.content)
+    key = f"!{member.reason}" if member.reason else member.key
+    if member.reason:
+        return Entry(path, relative, source, member.size, "other", identity, hint=member.reason, member=key)
+    kind = sniff(member.prefix[:HEAD_BYTES])
+    entry = Entry(path, relative, source, member.size, kind, identity, member=key)
+    if kind == "dicom":
+        with prepared(iter([member.prefix]), len(member.prefix), PREFIX_BYTES) as local:
+            modality, group, hint = _scan_dicom(local, config)
+        return replace(entry, modality=modality, group=group, hint=hint)
+    return _described(entry, listing, config)
+
+
+def _member_content(entry: Entry, rules: ReadRules) -> bytes:
+    """As Member.content. Raises Refused and OSError."""
+    return opened(entry.path, rules).find(entry.member).content
+
+
+def _member_unchanged(entry: Entry) -> bool:
+    if entry.member.startswith("!"):
+        return _size(entry.path) > 0
+    try:
+        member = opened(entry.path, _ANY).find(entry.member)
+    except (Refused, OSError, ValueError):
+        return False
+    return identity_of(entry.relative, member.size, member.content, entry.salt) == entry.identity
+
+
+def _content_sha256(entry: Entry, config: IngestConfig) -> str:
+    """Of all of an input; of a member of what its identity holds."""
+    return entry.identity if entry.member else _sha256(entry.path)
+
+
+def _described(entry: Entry, listing: Listing | None, config: IngestConfig) -> Entry:
+    """An input that is no DICOM, with what a table or its path say of it."""
+    if entry.kind == "other" or (entry.kind == "raster" and listing is None):
+        hint = Reason.NOT_AN_IMAGE if entry.kind == "other" else Reason.NOT_LISTED
+        return replace(entry, hint=hint.value)
     modality = listing.modality if listing else config.nifti_modality
-    patient = listing.patient if listing and listing.patient else _bids_subject(relative)
-    return Entry(
-        path,
-        relative,
-        source,
-        size,
-        kind,
-        identity,
-        modality,
-        group=f"{patient}\0{relative}",
+    patient = listing.patient if listing and listing.patient else _bids_subject(entry.relative)
+    return replace(
+        entry,
+        modality=modality,
+        group=f"{patient}\0{entry.relative}",
         patient=patient,
         split=listing.split if listing else "",
         listed=listing is not None,

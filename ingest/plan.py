@@ -152,8 +152,8 @@ def _new_units(
             yield Unit(unit, modality, tuple(entry for _, entry in chunk))
 
 
-def _order(entry: Entry) -> tuple[str, str, str, str]:
-    return entry.modality, entry.group, entry.relative, entry.identity
+def _order(entry: Entry) -> tuple[str, str, int, str, str]:
+    return entry.modality, entry.group, entry.order, entry.relative, entry.identity
 
 
 def _chunks(pairs: Iterable[tuple[str, Entry]], config: IngestConfig) -> Iterator[list[tuple[str, Entry]]]:

@@ -10,14 +10,20 @@ from ingest.frames import Item, Refusal, Refused
 from shards.schema import Reason
 
 
-def read_file(path: str, kind: str, modality: str, rules: ReadRules) -> Iterator[Item]:
+def read_file(path: str, kind: str, modality: str, rules: ReadRules, member: str = "") -> Iterator[Item]:
     """Frames and refusals of a file; at least one item. Raises nothing but what ends the process.
 
-    kind: as sniffed. modality: the partition of a NIfTI or raster file, "none" for an unlisted raster.
+    member: key of a file of the archive at `path` (ingest.archives). kind: as sniffed. modality: the partition of a NIfTI or raster file, "none" for an unlisted raster.
     """
     with quiet():
         try:
-            yield from _read(path, kind, modality, rules)
+            if member:
+                from ingest.archives import spooled
+
+                with spooled(path, member, rules) as local:
+                    yield from _read(local, kind, modality, rules)
+            else:
+                yield from _read(path, kind, modality, rules)
         except Refused as refused:
             found = refused.modality if refused.modality != "none" else modality
             yield Refusal(refused.reason, modality=found)

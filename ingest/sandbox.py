@@ -34,7 +34,7 @@ _PIPE_BYTES = 1 << 20
 class Reader(Protocol):
     """Reads one file at a time to at least one item."""
 
-    def read(self, path: str, kind: str, modality: str) -> Iterator[Item]: ...
+    def read(self, path: str, kind: str, modality: str, member: str = "") -> Iterator[Item]: ...
 
     def close(self) -> None: ...
 
@@ -45,8 +45,8 @@ class InlineReader:
     def __init__(self, rules: ReadRules) -> None:
         self._rules = rules
 
-    def read(self, path: str, kind: str, modality: str) -> Iterator[Item]:
-        return read_file(path, kind, modality, self._rules)
+    def read(self, path: str, kind: str, modality: str, member: str = "") -> Iterator[Item]:
+        return read_file(path, kind, modality, self._rules, member)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -66,9 +66,9 @@ class ProcessReader:
         self._child: subprocess.Popen[bytes] | None = None
         self._served = 0  # requests that this child got
 
-    def read(self, path: str, kind: str, modality: str) -> Iterator[Item]:
+    def read(self, path: str, kind: str, modality: str, member: str = "") -> Iterator[Item]:
         """Items of the file; the last one is Refusal(CRASHED) where the child was lost."""
-        request = json.dumps({"path": path, "kind": kind, "modality": modality}).encode()
+        request = json.dumps({"path": path, "kind": kind, "modality": modality, "member": member}).encode()
         finished = started = False
         try:
             while not finished:
