@@ -31,7 +31,9 @@ _HEADER_TAGS = (
 )
 _HEADER_LIMIT = 16 << 20  # bytes that a deflated header scan may inflate
 _WHOLE_BYTES, _BLOCKS = 1 << 20, 64
-_ANY = ReadRules(max_member_bytes=1 << 62, max_members=1 << 40)  # the inventory has held it to its limits
+_ANY = ReadRules.model_validate(
+    {"max_member_bytes": 1 << 62, "max_members": 1 << 40}
+)  # the inventory has held it to its limits
 _SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)(?:$|[_.])")
 
 
