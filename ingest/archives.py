@@ -271,7 +271,7 @@ class Archive:
         try:
             tar = tarfile.TarFile(fileobj=self._stream, encoding="utf-8", errors="surrogateescape")
             while (info := tar.next()) is not None:
-                tar.members = []  # of a million members none is kept
+                tar.members = []  # type: ignore[attr-defined] # of a million members none is kept
                 if not info.isdir():
                     yield self._tar_member(str(number if self.sequential else info.offset), info)
                     number += 1

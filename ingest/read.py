@@ -13,7 +13,7 @@ from shards.schema import Reason
 def read_file(path: str, kind: str, modality: str, rules: ReadRules, member: str = "") -> Iterator[Item]:
     """Frames and refusals of a file; at least one item. Raises nothing but what ends the process.
 
-    member: key of a file of the archive at `path` (ingest.archives), "" for the file itself. kind: as sniffed.
+    member: key of a file of the archive at `path` (ingest.archives), "" for itself. kind: as sniffed.
     modality: the partition of a NIfTI or raster file, "none" for an unlisted raster.
     """
     with quiet():
