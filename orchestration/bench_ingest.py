@@ -181,16 +181,16 @@ def _case(
     finally:
         sandboxed.close()
     count, megabytes = len(paths), sum(path.stat().st_size for path in paths) / 1e6
-    detail += f", {megabytes:.0f} MB, one worker, sandbox and fsync on, "
+    detail += f", {megabytes:.0f} MB, one worker, sandbox and fsync on"
     rate, unit = {side: count / took[side] for side in took}, f"{what}/s and core"
-    full = detail + f"{count / ours.wall:.0f} {what}/s by the clock in the last turn"
+    full = detail + f", {count / ours.wall:.0f} {what}/s by the clock in the last turn"
     yield figure(f"ingest_{case}", rate["ours"], unit, rate["theirs"], VERSUS, turns, full)
     versus = "the same without the decoder process (sandbox=inline)"
     yield figure(f"ingest_{case}_sandbox", rate["ours"], unit, rate["inline"], versus, turns, detail)
     sizes = ours.size / ours.images, theirs.size / theirs.images
     yield figure(f"ingest_{case}_image", sizes[0], "bytes", sizes[1], "PNG in a tar", turns, detail)
     versus = "the goal; most resident memory of the worker, this bench, and its decoder process together"
-    yield figure(f"ingest_{case}_memory", ours.peak / 1e6, "bytes x 10^6", _GOAL_PEAK / 1e6, versus, turns)
+    yield figure(f"ingest_{case}_memory", ours.peak, "bytes", _GOAL_PEAK, versus, turns)
 
 
 def _cpu(reader: Reader) -> float:
