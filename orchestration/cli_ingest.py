@@ -51,6 +51,7 @@ def build_config(
     config_file: Path | None = None,
     overrides: list[str] | None = None,
     tables: list[Path] | None = None,
+    path_map: Path | None = None,
 ) -> "IngestConfig":
     """Options over the YAML file over the defaults; output None: of a plan. Raises UserError."""
     from ingest.config import load_config
@@ -60,6 +61,8 @@ def build_config(
         apply_override(settings, item)
     settings["sources"] = [str(path.absolute()) for path in sources]
     settings["output"] = "" if output is None else location(output)
+    if path_map is not None:
+        settings["path_map"] = str(path_map.absolute())
     if key is not None:
         settings["key_file"] = str(key)
     if site is not None:
@@ -111,6 +114,10 @@ def run(
     config_file: ConfigFile = None,
     set_: Settings = None,
     table: Table = None,
+    path_map: Annotated[
+        Path | None,
+        typer.Option(help="Private file that names the source of each pseudonym; mode 0600, outside of OUT."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Units at a time; default one a CPU.")] = None,
     address: Annotated[
         str | None,
@@ -131,7 +138,7 @@ def run(
 
     if len(paths) < 2:
         raise UserError("give the source folders and then the output folder: ingest run SOURCE... OUT")
-    config = build_config(paths[:-1], paths[-1], key, site, config_file, set_, table)
+    config = build_config(paths[:-1], paths[-1], key, site, config_file, set_, table, path_map)
     summary = run_ingest(
         config,
         workers=workers,
@@ -177,11 +184,17 @@ def label(
     source: Annotated[
         list[Path] | None, typer.Option(help="Source folder of `ingest run`, where the CSV lies above it.")
     ] = None,
+    kind: Annotated[str, typer.Option(help="classes | multi | boxes | masks")] = "classes",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of the labels; repeated: multi, or x0 y0 x1 y1 of boxes."),
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Joining column, where the CSV has several.")] = None,
 ) -> None:
     """Join a table of labels to the samples by their pseudonyms; no shard is rewritten."""
     from orchestration.ingest_report import label_report
 
-    typer.echo(label_report(dataset, csv, key, site, name, source))
+    typer.echo(label_report(dataset, csv, key, site, name, source, kind, column, by))
 
 
 @app.command("key")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestration import keys
+from orchestration import keys, path_map
 from orchestration.cluster import StopFlag, connected, pin_threads, process_folder, runtime_env
 from orchestration.metrics import Metrics, endpoint
 from orchestration.progress import Progress, format_seconds
@@ -102,6 +102,8 @@ def run_ingest(
             say("ingest: nothing to do, every input is already in the dataset")
         summary.interrupted = bool(stop) and summary.committed + summary.already < summary.units - job.waiting
     _sum_up(summary, job, config)
+    if not summary.interrupted and summary.total:
+        _join_labels(job, config, say)
     summary.seconds = time.monotonic() - began
     for line in summary_lines(summary, config):
         say(line)
@@ -124,6 +126,7 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     """Key, dataset.json, inventory, plan; the plan is written before any work. Raises UserError."""
     from ingest.convert import dataset_info
     from ingest.discover import inventory
+    from ingest.labels import check_table
     from ingest.places import check_output
     from ingest.plan import plan_units
     from shards import dataset
@@ -131,6 +134,10 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     from shards.objects import open_store
 
     check_output(config)
+    for label in config.labels:
+        check_table(label.path, label.name, label.label_column, label.by, (), label.kind, label.columns)
+    if config.path_map is not None:
+        path_map.check(config.path_map, config.output, config.sources)
     store = open_store(config.output)
     new_key = keys.must_be_made(config.key_file, config.output)
     if not new_key:
@@ -143,6 +150,8 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
         _printer(stream)("ingest: " + keys.make(config.output))
     names = Pseudonymizer(keys.read(config.key_file, config.output), config.site)
     dataset.open_or_create(store, dataset_info(config, names))
+    if config.path_map is not None:
+        path_map.write(config.path_map, entries, names)
     todo = plan_units(store, entries, config, names)
     return Job(store, names, list(todo.units), todo.done, len(todo.waiting), todo.absent)
 
@@ -286,6 +295,26 @@ def _sum_up(summary: IngestSummary, job: Job, config: "IngestConfig") -> None:
     summary.over_budget = len(failed) > config.failure_budget * max(1, summary.inputs)
     if summary.exit_code != 130:
         sweep(job.store, min_age_seconds=SWEEP_AGE_SECONDS)
+
+
+def _join_labels(job: Job, config: "IngestConfig", say: Callable[[str], None]) -> None:
+    """The label tables of the configuration, joined to what the dataset holds now."""
+    from ingest.labels import join_labels
+
+    for given in config.labels:
+        table = join_labels(
+            config.output,
+            given.path,
+            job.pseudonymizer,
+            given.name,
+            given.label_column,
+            given.by,
+            config.sources,
+            given.kind,
+            given.columns,
+        )
+        unmatched = int(table.schema.metadata[b"unmatched"])
+        say(f"ingest: labels {given.name}: {table.num_rows} images, {unmatched} rows match none")
 
 
 def summary_lines(summary: IngestSummary, config: "IngestConfig") -> list[str]:

@@ -102,8 +102,27 @@ def verify_report(dataset: Path, deep: bool, as_json: bool) -> tuple[bool, str]:
     return report.clean, "\n".join(lines)
 
 
+def _classes(table: Any) -> list[str]:
+    """Every class that a table of labels gives, once for each image or box."""
+    if "label" in table.column_names:
+        return table["label"].to_pylist()
+    if "labels" in table.column_names:
+        return [value for values in table["labels"].to_pylist() for value in values]
+    if "boxes" in table.column_names:
+        return [box["label"] or "box" for boxes in table["boxes"].to_pylist() for box in boxes]
+    return []
+
+
 def label_report(
-    dataset: Path, csv: Path, key: Path | None, site: str | None, name: str, sources: list[Path] | None = None
+    dataset: Path,
+    csv: Path,
+    key: Path | None,
+    site: str | None,
+    name: str,
+    sources: list[Path] | None = None,
+    kind: str = "classes",
+    values: list[str] | None = None,
+    by: str | None = None,
 ) -> str:
     """Join a CSV to a dataset; what matched. Raises UserError, also when the key is not the dataset's."""
     from ingest.labels import join_labels
@@ -118,11 +137,18 @@ def label_report(
             f"the key is not the one of the dataset (its id is {info.key_id}, this one's {names.key_id}): "
             "give the key of `ingest run`"
         )
-    table = join_labels(dataset, csv, names, name, sources=sources or ())
-    counts = Counter(table["label"].to_pylist())
+    if info.config.get("site", names.site_id) != names.site_id:
+        raise UserError("the site is not the one of the dataset: give the --site of `ingest run`")
+    table = join_labels(
+        dataset, csv, names, name, by=by, sources=sources or (), kind=kind, values=values or ()
+    )
+    counts = Counter(_classes(table))
     lines = [f"{table.num_rows} images labelled in labels/{name}.parquet"]
     lines += [f"  {value}: {count}" for value, count in counts.most_common(20)]
     unmatched = int((table.schema.metadata or {}).get(b"unmatched", b"0"))
     if unmatched:
         lines.append(f"{unmatched} rows of the table have no label or match no image")
+    misplaced = int((table.schema.metadata or {}).get(b"misplaced", b"0"))
+    if misplaced:
+        lines.append(f"{misplaced} boxes or masks do not fit their image and were left out")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ class CtSeries:
 
 
 def chest(rng: Random, positive: bool, slices: int, side: int = 0) -> CtSeries:
-    """One patient's slices; every slice of a positive patient shows the foci. side: in pixels, 0 draws one."""
+    """One patient's slices; a positive patient's all show the foci. side: in pixels, 0 draws one."""
     side = side or int(rng.integers(112, 177))
     shape = (side, side)
     body = _Body.draw(rng)
