@@ -270,5 +270,8 @@ REASON_TEXT = {
     "label_map": "A label map, vector field or atlas, not an image.",
     "not_listed": "A picture without a row in the table.",
     "source_missing": "Was there when the work was planned, gone or changed when it was read.",
+    "unsafe_member": "A link, device or path in an archive that leads out of it.",
+    "encrypted": "An archive member behind a password.",
+    "nested_archive": "An archive inside an archive.",
     "crashed": "The decoder died or ran out of time on it.",
 }

@@ -86,9 +86,9 @@ def test_bench_step_measures_the_step_and_the_sinkhorn() -> None:
     assert names == ["sinkhorn_tiny_1_rank", "sinkhorn_demo_2_ranks"]
 
 
-def test_bench_ingest_measures_files_and_bytes() -> None:
-    assert {item.unit for item in check(bench_ingest.measure(0.01, patients=2))} == {
-        "files/s",
-        "MB/s",
+def test_bench_ingest_measures_rates_per_core_and_memory() -> None:
+    assert {item.unit for item in check(bench_ingest.measure(0.01, patients=2, slices=8))} == {
+        "slices/s and core",
+        "files/s and core",
         "bytes",
     }

@@ -4,7 +4,7 @@ import cv2
 import imagecodecs
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shards.codec import area_reduce, get_codec
@@ -58,6 +58,7 @@ def test_reduced_decoding_is_the_image_at_half_and_quarter(codec, dtype, reduce)
 
 
 @settings(max_examples=60, deadline=None)
+@example(dtype="uint16", reduce=2, bits=12, seed=100)  # the most of 5,400 cases: half of the range
 @given(
     dtype=st.sampled_from(DTYPES),
     reduce=st.sampled_from([1, 2]),
@@ -76,12 +77,12 @@ def test_reduced_htj2k_never_wraps_black_to_white(dtype, reduce, bits, seed):
     small = coder.decode(coder.encode(pixels), reduce).astype(np.int64)
     assert small.min() >= low and small.max() <= low + span
     mean = area_reduce(np.pad(pixels, 8, "edge").astype(np.int64), reduce)
-    # A wrapped value is a whole range away from every mean nearby.
+    # A wrapped value is a whole range away from every mean nearby; the 5/3 filter overshoots by half of it.
     near = [np.roll(mean, (i, j), (0, 1)) for i in range(-2, 3) for j in range(-2, 3)]
     pad = 8 >> reduce
     inside = (slice(pad, pad + small.shape[0]), slice(pad, pad + small.shape[1]))
-    assert (small <= np.max(near, 0)[inside] + 0.3 * span + 8).all()
-    assert (small >= np.min(near, 0)[inside] - 0.3 * span - 8).all()
+    assert (small <= np.max(near, 0)[inside] + 0.6 * span + 8).all()
+    assert (small >= np.min(near, 0)[inside] - 0.6 * span - 8).all()
 
 
 def test_codestreams_of_other_encoders_are_reduced_without_wrapping_too():
