@@ -197,7 +197,7 @@ class IngestConfig(ReadRules):
 def load_config(settings: dict[str, Any] | str | Path) -> IngestConfig:
     """IngestConfig of a dict or a YAML file. Raises UserError that names the wrong setting."""
     if not isinstance(settings, dict):
-        settings = _read_yaml(Path(settings))
+        settings = read_settings(Path(settings))
     try:
         return IngestConfig(**settings)
     except ValidationError as error:
@@ -221,7 +221,8 @@ def _check_partition(name: str) -> None:
         raise ValueError("a partition is lower-case letters and digits, and not 'none'")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, unchecked. Raises UserError where it is no mapping."""
     try:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 
+from orchestration import cli_quarantine
 from shards.errors import UserError
 from shards.objects import location
 from shards.settings import apply_override
@@ -21,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_quarantine.app, name="quarantine")
 
 Key = Annotated[
     Path | None,
@@ -54,9 +55,9 @@ def build_config(
     path_map: Path | None = None,
 ) -> "IngestConfig":
     """Options over the YAML file over the defaults; output None: of a plan. Raises UserError."""
-    from ingest.config import load_config
+    from ingest.config import load_config, read_settings
 
-    settings = _read(config_file) if config_file is not None else {}
+    settings = read_settings(config_file) if config_file is not None else {}
     for item in overrides or []:
         apply_override(settings, item)
     settings["sources"] = [str(path.absolute()) for path in sources]
@@ -71,18 +72,6 @@ def build_config(
         listed = list(settings.get("tables", []))
         settings["tables"] = listed + [{"path": str(table.absolute())} for table in tables]
     return load_config(settings)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"the configuration {path} is not YAML: correct it") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"the configuration {path} must be a mapping of settings")
-    return loaded
 
 
 @app.command()
@@ -158,6 +147,18 @@ def status(dataset: Dataset, as_json: AsJson = False) -> None:
     from orchestration.ingest_report import status_report
 
     typer.echo(status_report(dataset, as_json))
+
+
+@app.command()
+def report(
+    dataset: Dataset,
+    out: Annotated[Path | None, typer.Option(help="HTML page to write, outside of the dataset.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One HTML page: counts, refusals, vendors, sizes, sample pictures. As sensitive as the dataset."""
+    from orchestration import ingest_page
+
+    typer.echo(ingest_page.report(dataset, out, as_json))
 
 
 @app.command()

@@ -1,0 +1,88 @@
+"""The page of a dataset says what `ingest status` says, loads nothing and names nobody."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from orchestration.ingest_page import WARNING, report
+from orchestration.ingest_report import status_report
+from shards.dataset import open_or_create
+from shards.errors import UserError
+from shards.store import Store
+from tests.ingest.files import grey, ingest, write
+from tests.shards import make
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    source = tmp_path / "Secretfolder"
+    for number in range(14):
+        write(
+            source / f"f{number}",
+            grey(seed=number, size=(200, 150)),
+            number=number,
+            patient=f"Doeringer{number}",
+        )
+    (source / "bad").write_bytes(b"<script>nothing")
+    ingest(source, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_the_page_has_the_counts_of_status_and_no_identity(dataset, tmp_path):
+    page = tmp_path / "page.html"
+    found = json.loads(report(dataset, page, as_json=True))
+    status = json.loads(status_report(dataset, as_json=True))
+    assert {m: v["splits"] for m, v in found["modalities"].items()} == status["samples"]
+    assert found["quarantined"] == status["quarantined"] != {} and found["inputs"] == status["inputs"] == 15
+    text = page.read_text()
+    for modality, splits in status["samples"].items():
+        row = re.search(f'<tr id="count-{modality}">.*?</tr>', text)
+        numbers = re.findall(r'class="n">(\d+)<', row[0])
+        assert list(map(int, numbers)) == [*splits.values(), sum(splits.values())]
+    assert text.count("data:image/png") == 12 and WARNING in text
+    assert not [
+        w for w in ("Secretfolder", "Doeringer", "1.2.3.", str(tmp_path), "<script", "http") if w in text
+    ]
+    sizes = [int(n) for n in re.findall(r'width="(\d+)" height', text)]
+    assert max(sizes) <= 128 and page.stat().st_mode & 0o077 == 0
+    again = tmp_path / "again.html"
+    report(dataset, again, as_json=False)
+    assert again.read_text() == text
+
+
+def test_an_empty_dataset_has_a_page(tmp_path):
+    open_or_create(Store(tmp_path / "d"), make.info())
+    report(tmp_path / "d", tmp_path / "p.html", as_json=False)
+    assert "The dataset holds no image." in (tmp_path / "p.html").read_text()
+
+
+def test_no_page_inside_the_dataset_nor_without_a_place(dataset, tmp_path):
+    before = make.tree(dataset)
+    for out in (dataset / "p.html", dataset / "x" / ".." / "p.html"):
+        with pytest.raises(UserError, match="inside the dataset"):
+            report(dataset, out, as_json=False)
+    with pytest.raises(UserError, match="--out"):
+        report(dataset, None, as_json=False)
+    with pytest.raises(UserError, match="cannot write"):
+        report(dataset, tmp_path / "none" / "p.html", as_json=False)
+    assert make.tree(dataset) == before
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium is installed")
+def test_a_browser_draws_the_page(dataset, tmp_path):
+    report(dataset, tmp_path / "p.html", as_json=False)
+    shot = tmp_path / "shot.png"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--screenshot={shot}",
+    ]
+    command = [str(BROWSER), *options, (tmp_path / "p.html").as_uri()]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    assert shot.stat().st_size > 1000
