@@ -43,6 +43,7 @@ _NOT_IN_FINGERPRINT = frozenset(
         "unit_files",
         "unit_bytes",
         "failure_budget",
+        "settle_seconds",
         "sandbox",
         "file_seconds",
         "memory_mib",
@@ -167,6 +168,8 @@ class IngestConfig(ReadRules):
     unit_bytes: int = Field(256 << 20, ge=1)  # a unit ends when its source files reach this
     # `ingest run` ends with exit code 3 when more than this part of the inputs crashed or did not decode.
     failure_budget: float = Field(0.1, ge=0, le=1)
+    # Files changed less than this many seconds ago (ctime) are left for later: they may still be written.
+    settle_seconds: float = Field(0.0, ge=0)
     sandbox: Literal["process", "inline"] = "process"
     file_seconds: float = Field(120.0, gt=0)  # for one image of a file; later: the decoder process is killed
     memory_mib: int = Field(4096, ge=256)  # address space of the decoder process

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,6 +65,10 @@ class Entry:
     absent: bool = False  # listed in a table, but not there
 
 
+class NothingToIngestError(UserError):
+    """The sources hold nothing that can become an image, so far."""
+
+
 def inventory(config: IngestConfig, progress: Callable[[int], None] | None = None) -> list[Entry]:
     """Every file under the sources, in a fixed order. progress is called with the number of files so far.
 
@@ -71,9 +76,11 @@ def inventory(config: IngestConfig, progress: Callable[[int], None] | None = Non
     decoders.
     """
     check_decoders()
-    found = list(_walk(config))
+    found = settled_files(config)
     if not found:
-        raise UserError("the source folder is empty: give a folder that holds DICOM, NIfTI or listed images")
+        raise NothingToIngestError(
+            "the source folder is empty: give a folder that holds DICOM, NIfTI or listed images"
+        )
     tables = [path for path, _, _ in found if Path(path).name == DISCOVERED_NAME and config.discover_tables]
     listed, used = listings(config, tables)
     sources = source_names(config.sources)
@@ -89,7 +96,7 @@ def inventory(config: IngestConfig, progress: Callable[[int], None] | None = Non
             progress(len(entries))
     entries = list(_told_apart(entries, config)) + _absent(listed, found, entries, config)
     if not any(e.kind in ("dicom", "nifti") or e.listed for e in entries):
-        raise UserError(
+        raise NothingToIngestError(
             "the sources hold no DICOM, no NIfTI and no image that a table lists: "
             "give another folder, or a table with the columns file and modality"
         )
@@ -203,6 +210,25 @@ def _absent(
         hint = Reason.SOURCE_MISSING.value
         absent.append(Entry(path, relative, source, 0, "other", identity, absent=True, hint=hint))
     return absent
+
+
+def settled_files(config: IngestConfig) -> list[tuple[str, str, str]]:
+    """(path, path relative to its source, source) of the files that settle_seconds lets through.
+
+    By ctime, which no copy can set back: `cp -p` and rsync give a file its old mtime. Raises UserError.
+    """
+    found = list(_walk(config))
+    if not config.settle_seconds:
+        return found
+    latest = time.time() - config.settle_seconds
+    return [item for item in found if _changed(item[0]) <= latest]
+
+
+def _changed(path: str) -> float:
+    try:
+        return os.stat(path).st_ctime  # noqa: PTH116 - one call a file of millions
+    except OSError:
+        return float("inf")  # gone again
 
 
 def _walk(config: IngestConfig) -> Iterator[tuple[str, str, str]]:

@@ -142,6 +142,59 @@ def run(
 
 
 @app.command()
+def watch(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE... OUT", help="Landing folders, then the dataset, as in `ingest run`."
+        ),
+    ],
+    key: Key = None,
+    site: Site = None,
+    config_file: ConfigFile = None,
+    set_: Settings = None,
+    table: Table = None,
+    path_map: Annotated[
+        Path | None, typer.Option(help="Private file of pseudonym and path, as in `ingest run`.")
+    ] = None,
+    settle: Annotated[
+        float, typer.Option(min=0.1, help="Seconds a file must be unchanged before it is read.")
+    ] = 60.0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 10.0,
+    once: Annotated[bool, typer.Option(help="One look, then end, for cron.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Units at a time; default one a CPU.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="host:port of a running Ray cluster; default RAY_ADDRESS, else a local Ray."),
+    ] = None,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 0,
+    metrics_host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines scrape.")] = "127.0.0.1",
+    verbose: Annotated[bool, typer.Option(help="Show Ray's own log lines.")] = False,
+) -> None:
+    """Convert what lands in a folder, as it lands; end it with Ctrl-C or SIGTERM.
+
+    Example: ingest watch LANDING DATASET --key site.key
+    """
+    from orchestration.watch import watch as watched
+
+    if len(paths) < 2:
+        raise UserError("give the landing folders and then the output folder: ingest watch SOURCE... OUT")
+    settings = [*(set_ or []), f"settle_seconds={settle}"]
+    config = build_config(paths[:-1], paths[-1], key, site, config_file, settings, table, path_map)
+    code = watched(
+        config,
+        every,
+        once=once,
+        workers=workers,
+        address=address,
+        metrics_port=metrics_port,
+        metrics_host=metrics_host,
+        verbose=verbose,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def status(dataset: Dataset, as_json: AsJson = False) -> None:
     """Units planned and committed, images by modality and split, refusals by reason."""
     from orchestration.ingest_report import status_report

@@ -275,3 +275,6 @@ class StopFlag:
         if self.requested:
             os._exit(130)
         self.requested = True
+        outer = getattr(self._before.get(signal.Signals(number)), "__self__", None)
+        if isinstance(outer, StopFlag):  # of a loop around this command (orchestration.watch)
+            outer.requested = True
