@@ -17,13 +17,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, BinaryIO
 
 from ingest.config import ReadRules
 from ingest.frames import Refused
 from ingest.sniff import inflate_head
+from ingest.sources import open_source
 from shards.schema import Reason
+from shards.store import clear_errors
 
 PREFIX_BYTES = 256 << 10  # of a member, read with its listing: identity, sniffing, header scan
 _RATIO, _RATIO_FREE = 200, 64 << 20  # inflated / packed bytes that are refused, beyond so many inflated bytes
@@ -313,19 +314,32 @@ def open_archive(file: BinaryIO, kind: str, rules: ReadRules) -> Archive | None:
     return Archive(file, kind, rules)
 
 
-@lru_cache(maxsize=1)
-def _opened(path: str, size: int, changed: int, rules: str) -> Archive:
-    file = open(path, "rb")  # noqa: SIM115 - closed with the archive, when the next one is opened
-    found = open_archive(file, archive_kind(file.read(4096)), ReadRules.model_validate_json(rules))
-    if found is None:
-        raise Refused(Reason.SOURCE_MISSING)
-    return found
+_kept: list[tuple[Any, Archive]] = []  # the archive that was read last, by path and state; at most one
 
 
 def opened(path: str, rules: ReadRules) -> Archive:
     """The archive at a path; the last one stays open, so that its members are read in one pass."""
     found = os.stat(path)  # noqa: PTH116
-    return _opened(path, found.st_size, found.st_mtime_ns, rules.model_dump_json())
+    state = (path, found.st_size, found.st_mtime_ns, rules.model_dump_json())
+    if _kept and _kept[0][0] == state:
+        return _kept[0][1]
+    forget()
+    file = open_source(path)
+    try:
+        archive = open_archive(file, archive_kind(file.read(4096)), rules)
+        if archive is None:
+            raise Refused(Reason.SOURCE_MISSING)
+    except BaseException:
+        file.close()
+        raise
+    _kept.append((state, archive))
+    return archive
+
+
+def forget() -> None:
+    """Close the archive that stayed open."""
+    while _kept:
+        _kept.pop()[1].file.close()
 
 
 @contextmanager
@@ -340,9 +354,12 @@ def spooled(path: str, key: str, rules: ReadRules) -> Iterator[str]:
 
 
 @contextmanager
-def prepared(chunks: Iterator[bytes], size: int, limit: int) -> Iterator[str]:
-    """Bytes as a file without a name: in memory, a large one in an unlinked temporary file."""
-    if size <= _MEMORY_BYTES and hasattr(os, "memfd_create"):
+def prepared(chunks: Iterator[bytes], size: int, limit: int, memory: int = _MEMORY_BYTES) -> Iterator[str]:
+    """Bytes as a file without a name: in memory, above `memory` bytes in an unlinked temporary file.
+
+    Processes of the same user can read it, too. Raises Refused, UserError for a full disk.
+    """
+    if size <= memory and hasattr(os, "memfd_create"):
         file: Any = os.fdopen(os.memfd_create("input"), "w+b")
     else:
         file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
@@ -352,9 +369,11 @@ def prepared(chunks: Iterator[bytes], size: int, limit: int) -> Iterator[str]:
             written += len(chunk)
             if written > limit:
                 raise Refused(Reason.TOO_LARGE)
-            file.write(chunk)
-        file.flush()
-        yield f"/proc/self/fd/{file.fileno()}"
+            with clear_errors(tempfile.gettempdir()):
+                file.write(chunk)
+        with clear_errors(tempfile.gettempdir()):
+            file.flush()
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def _member(key: str, name: str, size: int, check: bytes, prefix: bytes, reason: str) -> Member:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ingest.limits import parse_bytes
 from ingest.vocabulary import MANUFACTURERS
 from shards.errors import UserError
 from shards.ids import digest
@@ -44,6 +45,8 @@ _NOT_IN_FINGERPRINT = frozenset(
         "unit_bytes",
         "failure_budget",
         "settle_seconds",
+        "bytes_per_second",
+        "open_files",
         "sandbox",
         "file_seconds",
         "memory_mib",
@@ -170,9 +173,17 @@ class IngestConfig(ReadRules):
     failure_budget: float = Field(0.1, ge=0, le=1)
     # Files changed less than this many seconds ago (ctime) are left for later: they may still be written.
     settle_seconds: float = Field(0.0, ge=0)
+    # Of the sources, over the whole job: all workers on all nodes, the header scan too (ingest.limits).
+    bytes_per_second: int | None = Field(None, ge=1)  # also as 50MB
+    open_files: int | None = Field(None, ge=1)  # at a time
     sandbox: Literal["process", "inline"] = "process"
     file_seconds: float = Field(120.0, gt=0)  # for one image of a file; later: the decoder process is killed
     memory_mib: int = Field(4096, ge=256)  # address space of the decoder process
+
+    @field_validator("bytes_per_second", mode="before")
+    @classmethod
+    def _bytes_with_units(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fractions_sum_to_one(self) -> Self:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from ingest.config import IngestConfig
+from ingest.copies import copied, is_read, unread_reason
 from ingest.dedupe import Keys, Seen, image_keys
 from ingest.deidentify import deidentification, make_row, source_id
 from ingest.discover import Entry, unchanged
-from ingest.frames import Frame, Item, Refusal
+from ingest.frames import Frame, Item, Refusal, Refused
 from ingest.plan import Unit
 from ingest.sandbox import Reader, shared_reader
+from ingest.sources import is_copied
 from shards.codec import Codec, get_codec
 from shards.commit import Commit, EncodedSample, QuarantineRow, commit_unit, find_commit
 from shards.dataset import DatasetInfo, to_json
@@ -197,9 +199,24 @@ def _check_source(refusal: Refusal, entry: Entry) -> None:
 
 def read_entry(entry: Entry, reader: Reader) -> Iterator[Item]:
     """Items of one input; SOURCE_MISSING where it is not what the inventory saw, or was not there then."""
-    if entry.absent or not unchanged(entry):
+    from_copy = is_copied(entry.path) and is_read(entry)
+    if entry.absent or not (from_copy or unchanged(entry)):
         yield Refusal(Reason.SOURCE_MISSING, modality=entry.modality)
     elif entry.listed and entry.modality == "none":
         yield Refusal(Reason.MODALITY_OUT_OF_SCOPE)
+    elif from_copy:
+        yield from _read_copy(entry, reader)
+    elif is_copied(entry.path) and entry.member and not entry.member.startswith("!"):
+        yield Refusal(unread_reason(entry) or Reason.NOT_AN_IMAGE, modality=entry.modality)
     else:
         yield from reader.read(entry.path, entry.kind, entry.modality, entry.member)
+
+
+def _read_copy(entry: Entry, reader: Reader) -> Iterator[Item]:
+    try:
+        with copied(entry) as local:
+            yield from reader.read(local, entry.kind, entry.modality)
+    except Refused as refused:
+        yield Refusal(refused.reason, modality=entry.modality)
+    except OSError:  # of the source: those of the copy are UserError
+        yield Refusal(Reason.UNREADABLE, modality=entry.modality)

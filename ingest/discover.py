@@ -17,6 +17,7 @@ from ingest.dicom.syntaxes import check_decoders
 from ingest.frames import Refused
 from ingest.places import not_inputs
 from ingest.sniff import HEAD_BYTES, read_head, sniff
+from ingest.sources import open_source
 from ingest.tables import DISCOVERED_NAME, Listing, listings
 from shards.errors import UserError
 from shards.ids import digest
@@ -32,7 +33,7 @@ _HEADER_TAGS = (
 )
 _HEADER_LIMIT = 16 << 20  # bytes that a deflated header scan may inflate
 _WHOLE_BYTES, _BLOCKS = 1 << 20, 64
-_ANY = ReadRules.model_validate(
+ANY_SIZE = ReadRules.model_validate(
     {"max_member_bytes": 1 << 62, "max_members": 1 << 40}
 )  # the inventory has held it to its limits
 _SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)(?:$|[_.])")
@@ -117,7 +118,7 @@ def content_of(path: str, size: int, head: bytes, kind: str) -> bytes:
         return head
     hasher = hashlib.sha256(head)
     try:
-        with open(path, "rb") as file:
+        with open_source(path) as file:
             if size <= _WHOLE_BYTES:
                 return hashlib.file_digest(file, "sha256").digest()
             for block in range(1, _BLOCKS + 1):
@@ -181,7 +182,7 @@ def _told_apart(entries: list[Entry], config: IngestConfig) -> Iterator[Entry]:
 
 def _sha256(path: str) -> str:
     try:
-        with open(path, "rb") as file:
+        with open_source(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return ""
@@ -298,7 +299,7 @@ def _entries(
         return
     names: Counter[str] = Counter()
     try:
-        with open(path, "rb") as file:
+        with open_source(path) as file:
             archive = open_archive(file, kind, config.rules())
             if archive is None:
                 yield _entry(path, relative, source, listed.get(real), config)
@@ -345,7 +346,7 @@ def _member_unchanged(entry: Entry) -> bool:
     if entry.member.startswith("!"):
         return _size(entry.path) > 0
     try:
-        member = opened(entry.path, _ANY).find(entry.member)
+        member = opened(entry.path, ANY_SIZE).find(entry.member)
     except (Refused, OSError, ValueError):
         return False
     return identity_of(entry.relative, member.size, member.content, entry.salt) == entry.identity

@@ -5,6 +5,8 @@ import struct
 import zlib
 from pathlib import Path
 
+from ingest.sources import open_source
+
 HEAD_BYTES = 4096
 
 _VALUE_REPRESENTATIONS = frozenset(
@@ -22,7 +24,7 @@ def read_head(path: str | Path) -> bytes | None:
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             return None
-        with open(path, "rb") as file:
+        with open_source(str(path)) as file:
             return file.read(HEAD_BYTES)
     except OSError:
         return None

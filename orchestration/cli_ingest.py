@@ -40,6 +40,16 @@ Table = Annotated[
     list[Path] | None,
     typer.Option(help="CSV that lists images (columns file, modality, patient, label); may be repeated."),
 ]
+BytesPerSecond = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AMOUNT",
+        help="Read no more of the sources than this, all workers together; 50MB, 200KiB. Default: no limit.",
+    ),
+]
+OpenFiles = Annotated[
+    int | None, typer.Option(min=1, help="Source files open at a time, all workers together.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Dataset = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset: folder, s3://..., gs://...")]
 
@@ -53,6 +63,8 @@ def build_config(
     overrides: list[str] | None = None,
     tables: list[Path] | None = None,
     path_map: Path | None = None,
+    bytes_per_second: str | None = None,
+    open_files: int | None = None,
 ) -> "IngestConfig":
     """Options over the YAML file over the defaults; output None: of a plan. Raises UserError."""
     from ingest.config import load_config, read_settings
@@ -62,6 +74,8 @@ def build_config(
         apply_override(settings, item)
     settings["sources"] = [str(path.absolute()) for path in sources]
     settings["output"] = "" if output is None else location(output)
+    limits = {"bytes_per_second": bytes_per_second, "open_files": open_files}
+    settings |= {name: value for name, value in limits.items() if value is not None}
     if path_map is not None:
         settings["path_map"] = str(path_map.absolute())
     if key is not None:
@@ -107,6 +121,8 @@ def run(
         Path | None,
         typer.Option(help="Private file that names the source of each pseudonym; mode 0600, outside of OUT."),
     ] = None,
+    bytes_per_second: BytesPerSecond = None,
+    open_files: OpenFiles = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Units at a time; default one a CPU.")] = None,
     address: Annotated[
         str | None,
@@ -120,6 +136,7 @@ def run(
     """Convert source folders to a dataset; run again, it goes on where it was.
 
     Example: ingest run ARCHIVE DATASET
+    Example: ingest run /mnt/pacs DATASET --bytes-per-second 50MB --open-files 64
     """
     import dataclasses
 
@@ -127,7 +144,8 @@ def run(
 
     if len(paths) < 2:
         raise UserError("give the source folders and then the output folder: ingest run SOURCE... OUT")
-    config = build_config(paths[:-1], paths[-1], key, site, config_file, set_, table, path_map)
+    given = (key, site, config_file, set_, table, path_map, bytes_per_second, open_files)
+    config = build_config(paths[:-1], paths[-1], *given)
     summary = run_ingest(
         config,
         workers=workers,
@@ -162,6 +180,8 @@ def watch(
     ] = 60.0,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 10.0,
     once: Annotated[bool, typer.Option(help="One look, then end, for cron.")] = False,
+    bytes_per_second: BytesPerSecond = None,
+    open_files: OpenFiles = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Units at a time; default one a CPU.")] = None,
     address: Annotated[
         str | None,
@@ -173,14 +193,15 @@ def watch(
 ) -> None:
     """Convert what lands in a folder, as it lands; end it with Ctrl-C or SIGTERM.
 
-    Example: ingest watch LANDING DATASET --key site.key
+    Example: ingest watch LANDING DATASET --key site.key --bytes-per-second 50MB
     """
     from orchestration.watch import watch as watched
 
     if len(paths) < 2:
         raise UserError("give the landing folders and then the output folder: ingest watch SOURCE... OUT")
     settings = [*(set_ or []), f"settle_seconds={settle}"]
-    config = build_config(paths[:-1], paths[-1], key, site, config_file, settings, table, path_map)
+    given = (key, site, config_file, settings, table, path_map, bytes_per_second, open_files)
+    config = build_config(paths[:-1], paths[-1], *given)
     code = watched(
         config,
         every,

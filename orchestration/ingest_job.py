@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestration import keys, path_map
+from orchestration import keys, leases, path_map
 from orchestration.cluster import StopFlag, connected, pin_threads, process_folder, runtime_env
 from orchestration.metrics import Metrics, endpoint
 from orchestration.progress import Progress, format_seconds
@@ -50,6 +50,8 @@ class IngestSummary:
     inputs: int = 0  # of the dataset
     bytes_in: int = 0
     bytes_out: int = 0
+    leased_bytes: int = 0  # of the sources, by the workers, under bytes_per_second
+    leased_seconds: float = 0.0  # in which they were granted
     seconds: float = 0.0
     interrupted: bool = False
     over_budget: bool = False
@@ -127,8 +129,10 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     from ingest.convert import dataset_info
     from ingest.discover import inventory
     from ingest.labels import check_table
+    from ingest.limits import own_meter
     from ingest.places import check_output
     from ingest.plan import plan_units
+    from ingest.sources import limited
     from shards import dataset
     from shards.ids import Pseudonymizer
     from shards.objects import open_store
@@ -144,7 +148,10 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
         info = dataset_info(config, Pseudonymizer(keys.read(config.key_file, config.output), config.site))
         if store.exists(dataset.NAME):
             dataset.open_or_create(store, info)  # refused before the sources are read
-    with Progress("ingest: looking at the sources", 0, "files", stream=stream) as progress:
+    with (
+        Progress("ingest: looking at the sources", 0, "files", stream=stream) as progress,
+        limited(own_meter(config.bytes_per_second, config.open_files)),
+    ):
         entries = inventory(config, progress.update)
     if new_key:  # only now: a wrong source folder leaves nothing behind
         _printer(stream)("ingest: " + keys.make(config.output))
@@ -156,20 +163,25 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     return Job(store, names, list(todo.units), todo.done, len(todo.waiting), todo.absent)
 
 
-def _convert(unit: "Unit", common: tuple[str, Any, str, Path | None]) -> Any:
-    """The Ray task; common: configuration as JSON, pseudonymizer, output, scratch (None: the worker's own).
+def _convert(unit: "Unit", common: tuple[str, Any, str, Path | None, Any]) -> Any:
+    """The Ray task; common: configuration as JSON, pseudonymizer, output, scratch (None: the worker's own),
+    bucket of the limits (orchestration.leases).
 
     Returns a UnitResult, or (kind, text) of an error that must not stop the other units.
     """
     from ingest.config import IngestConfig
     from ingest.convert import SourceChangedError, run_unit
+    from ingest.sources import limited
 
     pin_threads()
-    config_json, names, root, scratch = common
+    config_json, names, root, scratch, bucket = common
     config = IngestConfig.model_validate_json(config_json)
     try:
         # Of a local Ray below the command's folder, which goes even when the workers are killed.
-        with tempfile.TemporaryDirectory(prefix="unit-", dir=scratch or process_folder()) as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="unit-", dir=scratch or process_folder()) as folder,
+            limited(leases.worker_meter(config, bucket)),
+        ):
             return run_unit(unit, config, names, root, Path(folder))
     except UserError as error:
         return ("user", str(error))
@@ -190,7 +202,9 @@ class _Conversion:
         self._job, self._metrics, self._summary = job, metrics, summary
         output = location(config.output)
         # By reference: the key is then in the object store alone, and in no task's description.
-        self._common = ray.put((config.model_dump_json(), job.pseudonymizer, output, scratch))
+        self._bucket = leases.start_bucket(config)
+        self._most = config.open_files or sys.maxsize  # units at a time: each has one source file open
+        self._common = ray.put((config.model_dump_json(), job.pseudonymizer, output, scratch, self._bucket))
         self._task = ray.remote(_convert).options(
             num_cpus=1, max_retries=RETRIES, retry_exceptions=False, runtime_env=runtime_env()
         )
@@ -206,7 +220,7 @@ class _Conversion:
         self._metrics.set("medswav_ingest_units_remaining", total)
         with Progress("ingest", total, "units", stream=stream) as progress:
             while done < total and not stop:
-                self._fill(waiting, workers * WINDOW_PER_WORKER)
+                self._fill(waiting, min(workers * WINDOW_PER_WORKER, self._most))
                 ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=POLL_SECONDS)
                 for reference in ready:
                     self._book(reference)
@@ -214,6 +228,7 @@ class _Conversion:
                 self._metrics.set("medswav_ingest_units_remaining", total - done)
                 progress.update(done, f"{self._inputs} files, {self._refused} refused")
             self._cancel()
+        self._summary.leased_bytes, self._summary.leased_seconds = leases.ledger(self._bucket)
 
     def _fill(self, waiting: "Iterator[Unit]", window: int) -> None:
         while len(self._pending) < window:
@@ -324,6 +339,12 @@ def summary_lines(summary: IngestSummary, config: "IngestConfig") -> list[str]:
         f"{summary.already} were there before; the dataset has {summary.total} images "
         f"of {summary.inputs} files"
     ]
+    if config.bytes_per_second is not None and summary.leased_bytes:
+        rate = summary.leased_bytes / max(summary.leased_seconds, 1e-3)
+        lines.append(
+            f"  read {summary.leased_bytes / 1e6:.1f} MB of the sources, {rate / 1e6:.2f} MB/s on average "
+            f"(limit {config.bytes_per_second / 1e6:.2f})"
+        )
     for modality, splits in summary.samples.items():
         parts = ", ".join(f"{split} {count}" for split, count in splits.items())
         lines.append(f"  {modality:6} {sum(splits.values()):8}  ({parts})")

@@ -18,10 +18,13 @@ def plan_report(config: "IngestConfig", as_json: bool) -> str:
     """What a run would meet and cost, from the headers and a decoded sample. Raises UserError."""
     from ingest.discover import inventory
     from ingest.estimate import estimate
+    from ingest.limits import own_meter
+    from ingest.sources import limited
 
-    with Progress("plan: looking at the sources", 0, "files") as progress:
-        entries = inventory(config, progress.update)
-    report = estimate(entries, config)
+    with limited(own_meter(config.bytes_per_second, config.open_files)):
+        with Progress("plan: looking at the sources", 0, "files") as progress:
+            entries = inventory(config, progress.update)
+        report = estimate(entries, config)
     if as_json:
         return json.dumps(dataclasses.asdict(report), indent=1)
     lines = [f"files    {report.inputs} ({_megabytes(report.bytes_in)})"]

@@ -19,6 +19,7 @@ from pydicom.multival import MultiValue
 from ingest.dicom.element import PixelElement, locate
 from ingest.frames import Refused
 from ingest.sniff import has_preamble
+from ingest.sources import open_source
 from shards.schema import Reason
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -53,7 +54,7 @@ def open_dataset(
     limit: bytes that a deflated data set may inflate to. tags: keywords to read, None for all.
     Raises Refused: NO_PART10_HEADER, UNREADABLE, TOO_LARGE.
     """
-    with open(path, "rb") as file:
+    with open_source(str(path)) as file:
         dataset, syntax, _ = _parse(file, limit, tags, pixels)
     return dataset, syntax
 
