@@ -82,9 +82,8 @@ def planted(path, modality="MR", **elements):
     return path
 
 
-@pytest.fixture
-def source(tmp_path):
-    folder = tmp_path / f"{CANARY}_hospital"
+def plant_all(folder):
+    """Every kind of input, each with canaries wherever the format has room: 9 inputs, a table, a label table."""
     planted(folder / f"{CANARY}^John" / "scan1")
     planted(folder / f"{CANARY}^John" / "scan2", "CT", RescaleSlope=1, RescaleIntercept=0)
     broken = planted(folder / "broken")
@@ -103,6 +102,11 @@ def source(tmp_path):
     (folder / "images.csv").write_text(f"file,modality,patient,label\n{CANARY}.png,CR,{CANARY},{CANARY}\n")
     (folder / "labels.csv").write_text(f"file,label,name\n{CANARY}.png,yes,{CANARY}\nscan1,no,{CANARY}\n")
     return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    return plant_all(tmp_path / f"{CANARY}_hospital")
 
 
 SECRETS = [CANARY, CANARY.lower(), "424242424242", "19421107", "20190523", "_hospital"]
