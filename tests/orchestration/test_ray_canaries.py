@@ -1,4 +1,4 @@
-"""Identity planted in the sources reaches no byte that a whole run leaves: streams, pages, metrics, Ray's logs."""
+"""Identity planted in the sources reaches no byte that a run leaves: streams, pages, metrics, Ray's logs."""
 
 import json
 import os

@@ -83,7 +83,7 @@ def planted(path, modality="MR", **elements):
 
 
 def plant_all(folder):
-    """Every kind of input, each with canaries wherever the format has room: 9 inputs, a table, a label table."""
+    """Every kind of input, canaries wherever the format has room: 9 inputs, a table, a label table."""
     planted(folder / f"{CANARY}^John" / "scan1")
     planted(folder / f"{CANARY}^John" / "scan2", "CT", RescaleSlope=1, RescaleIntercept=0)
     broken = planted(folder / "broken")
