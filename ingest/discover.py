@@ -73,6 +73,14 @@ class NothingToIngestError(UserError):
 def inventory(config: IngestConfig, progress: Callable[[int], None] | None = None) -> list[Entry]:
     """Every file under the sources, in a fixed order. progress is called with the number of files so far.
 
+    Raises UserError as `scan`.
+    """
+    return told_apart(list(scan(config, progress)), config)
+
+
+def scan(config: IngestConfig, progress: Callable[[int], None] | None = None) -> Iterator[Entry]:
+    """`inventory` one by one, before those of equal identity are told apart.
+
     Raises UserError for a missing or empty source, where nothing in it can be an image, and for missing
     decoders.
     """
@@ -86,22 +94,25 @@ def inventory(config: IngestConfig, progress: Callable[[int], None] | None = Non
     listed, used = listings(config, tables)
     sources = source_names(config.sources)
     several = {relative for relative, n in Counter(relative for _, relative, _ in found).items() if n > 1}
-    entries: list[Entry] = []
+    count, usable, members = 0, False, list[Entry]()
     for path, relative, root in found:
         real = os.path.realpath(path)
         if real in used:
             continue  # a table is configuration, not an input
         source = f"{sources[root]}//{relative}" if relative in several else relative
-        entries += _entries(path, relative, source, real, listed, config)
+        for entry in _entries(path, relative, source, real, listed, config):
+            usable = usable or entry.kind in ("dicom", "nifti") or entry.listed
+            members += [entry] if listed and entry.member else []
+            count += 1
+            yield entry
         if progress is not None:
-            progress(len(entries))
-    entries = list(_told_apart(entries, config)) + _absent(listed, found, entries, config)
-    if not any(e.kind in ("dicom", "nifti") or e.listed for e in entries):
+            progress(count)
+    yield from _absent(listed, found, members, config)
+    if not usable:
         raise NothingToIngestError(
             "the sources hold no DICOM, no NIfTI and no image that a table lists: "
             "give another folder, or a table with the columns file and modality"
         )
-    return entries
 
 
 def identity_of(relative: str, size: int, content: bytes, salt: str = "") -> str:
@@ -153,7 +164,7 @@ def source_names(sources: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _told_apart(entries: list[Entry], config: IngestConfig) -> Iterator[Entry]:
+def told_apart(entries: list[Entry], config: IngestConfig) -> list[Entry]:
     """Entries of equal identity get a salt by content, so that the order of the sources tells nothing.
 
     Equal files are numbered: which of them is which does not matter. Different ones are told apart by all of
@@ -162,10 +173,11 @@ def _told_apart(entries: list[Entry], config: IngestConfig) -> Iterator[Entry]:
     equal: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         equal[entry.identity].append(entry)
+    found = []
     for entry in entries:
         members = equal[entry.identity]
         if len(members) == 1:
-            yield entry
+            found.append(entry)
             continue
         hashes = {member.source: _content_sha256(member, config) for member in members}
         mine = hashes[entry.source]
@@ -177,7 +189,10 @@ def _told_apart(entries: list[Entry], config: IngestConfig) -> Iterator[Entry]:
         else:
             head = read_head(entry.path)
             content = content_of(entry.path, entry.size, head or b"", entry.kind)
-        yield replace(entry, salt=salt, identity=identity_of(entry.relative, entry.size, content, salt))
+        found.append(
+            replace(entry, salt=salt, identity=identity_of(entry.relative, entry.size, content, salt))
+        )
+    return found
 
 
 def _sha256(path: str) -> str:

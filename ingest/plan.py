@@ -1,5 +1,7 @@
 """Units of work: which inputs are converted together. Deterministic, and stable over a resume.
 
+The rules, for entries in memory; ingest.planner keeps them for an inventory on disk, as `ingest run` does.
+
 What becomes of a planned unit that is not committed yet:
 
 1. All its inputs are here, as planned: it is run as planned, and gives the bytes it would have given.
@@ -20,15 +22,15 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from ingest.config import IngestConfig
-from ingest.deidentify import source_id
 from ingest.discover import Entry
+from ingest.inventory import input_id
 from shards.commit import is_release, list_commits, release_unit
 from shards.errors import UserError
 from shards.ids import Pseudonymizer, digest
 from shards.plan import PlannedUnit, plan_names, read_plans, write_plan
 from shards.store import Store
 
-_TRIES = 100  # each lost one is another driver's plan
+TRIES = 100  # each lost one is another driver's plan
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,13 @@ class Todo:
     absent: int = 0
 
 
-def input_id(entry: Entry, names: Pseudonymizer) -> str:
-    """What a plan knows an input by: pseudonyms of its source path and of its identity."""
-    return f"{source_id(entry.source, names)}-{names.id('input', entry.identity)}"
-
-
 def plan_units(store: Store, entries: Sequence[Entry], config: IngestConfig, names: Pseudonymizer) -> Todo:
     """Read the plans, release what cannot be completed, plan what is new and write that plan.
 
     Safe beside other drivers of the same dataset: whoever is second plans again. Raises UserError.
     """
     absent: set[str] = set()
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         plans = plan_names(store)
         planned = read_plans(store, plans)
         # After the plans: a release that we see and whose new plan we do not costs us the number below.
@@ -141,7 +138,7 @@ def plan_of(unit: Unit, names: Pseudonymizer) -> PlannedUnit:
 def _new_units(
     new: dict[str, Entry], config: IngestConfig, names: Pseudonymizer, former: Mapping[str, Sequence[str]]
 ) -> Iterator[Unit]:
-    ordered = sorted(new.items(), key=lambda pair: _order(pair[1]))
+    ordered = sorted(new.items(), key=lambda pair: entry_order(pair[1]))
     for modality, of_modality in groupby(ordered, key=lambda pair: pair[1].modality):
         for chunk in _chunks(of_modality, config):
             # Digest of keyed pseudonyms: the id of a unit gives no path away. With the released units that
@@ -152,7 +149,8 @@ def _new_units(
             yield Unit(unit, modality, tuple(entry for _, entry in chunk))
 
 
-def _order(entry: Entry) -> tuple[str, str, int, str, str]:
+def entry_order(entry: Entry) -> tuple[str, str, int, str, str]:
+    """The order of inputs, over units and in a unit."""
     return entry.modality, entry.group, entry.order, entry.relative, entry.identity
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from shards.errors import UserError
 
-BENCHES = ("ingest", "decoders", "augment", "read", "feed", "step")
+BENCHES = ("ingest", "plan", "decoders", "augment", "read", "feed", "step")
 DEFAULT_SECONDS = 60.0
 MINIMUM_TURNS = 3
 _LOWER_IS_BETTER = ("ms", "s", "bytes")
@@ -105,16 +105,20 @@ def run(
     name: str,
     seconds: float = DEFAULT_SECONDS,
     emit: Callable[[Mapping[str, Any]], None] = print_line,
+    options: Mapping[str, float] | None = None,
 ) -> list[Figure]:
-    """Measure one bench within about `seconds` of turns (set-up comes on top). Raises UserError."""
+    """Measure one bench within about `seconds` of turns (set-up comes on top). Raises UserError.
+
+    options: of that bench alone.
+    """
     if name not in BENCHES:
         raise UserError(f"no bench is called {name!r}: choose from {', '.join(BENCHES)}")
     if seconds <= 0:
         raise UserError(f"--seconds {seconds:g} leaves no time to measure: give a positive number")
-    measure: Callable[[float], Iterator[Figure]] = import_module(f"orchestration.bench_{name}").measure
+    measure: Callable[..., Iterator[Figure]] = import_module(f"orchestration.bench_{name}").measure
     facts = machine()
     found = []
-    for item in measure(seconds):
+    for item in measure(seconds, **(options or {})):
         found.append(item)
         emit({"bench": name, **asdict(item), "machine": facts})
         print(_in_words(item), file=sys.stderr, flush=True)

@@ -197,13 +197,16 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="ingest, decoders, augment, read, feed or step.")],
+    name: Annotated[str, typer.Argument(help="ingest, plan, decoders, augment, read, feed or step.")],
     seconds: Annotated[float, typer.Option(help="Measuring time; set-up comes on top.")] = 60.0,
+    rows: Annotated[float | None, typer.Option(help="plan: rows of the inventory; default 105e6.")] = None,
 ) -> None:
     """Measure this machine: one JSON object per figure, with the baseline measured in the same run."""
     from orchestration.bench import run
 
-    run(name, seconds)
+    if rows is not None and name != "plan":
+        raise UserError("--rows is an option of bench plan: leave it out")
+    run(name, seconds, options={} if rows is None else {"rows": rows})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

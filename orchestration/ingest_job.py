@@ -6,11 +6,13 @@ leaves a worker: reason codes, counts and seconds only.
 """
 
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ingest.config import IngestConfig
     from ingest.convert import UnitResult
     from ingest.plan import Unit
+    from ingest.planner import StoredUnits
 
 WINDOW_PER_WORKER = 2  # units in flight: one that runs, one that waits; a killed driver loses no more
 RETRIES = 3  # of a unit whose worker died
@@ -85,8 +88,8 @@ def run_ingest(
     """
     say = _printer(stream)
     began = time.monotonic()
-    with StopFlag() as stop:
-        job = plan_job(config, stream)
+    with StopFlag() as stop, _private_folder() as scratch:
+        job = plan_job(config, stream, scratch)
         units = len(job.units) + len(job.done) + job.waiting
         summary = IngestSummary(units=units, already=len(job.done), waiting=job.waiting, absent=job.absent)
         if job.units and not stop:
@@ -112,26 +115,44 @@ def run_ingest(
     return summary
 
 
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """Mode 0700, gone at the end; after a kill, with the next command of ours (process_folder)."""
+    from ingest.inventory import forget_parts
+
+    folder = Path(tempfile.mkdtemp(prefix="plan-", dir=process_folder()))
+    try:
+        yield folder
+    finally:
+        forget_parts()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Job:
     """A plan: the units to do, the ids of those committed, counts of what cannot be done (ingest.plan)."""
 
     store: Any
     pseudonymizer: Any
-    units: "list[Unit]"
+    units: "StoredUnits"
     done: frozenset[str]
     waiting: int = 0
     absent: int = 0
 
 
-def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
-    """Key, dataset.json, inventory, plan; the plan is written before any work. Raises UserError."""
+def plan_job(config: "IngestConfig", stream: TextIO | None = None, folder: Path | None = None) -> Job:
+    """Key, dataset.json, inventory, plan; the plan is written before any work. Raises UserError.
+
+    folder: private scratch, which holds paths; the units of the job are read from it. None: one that goes
+    with this process.
+    """
     from ingest.convert import dataset_info
-    from ingest.discover import inventory
+    from ingest.discover import scan, told_apart
+    from ingest.inventory import Inventory, tell_apart
     from ingest.labels import check_table
     from ingest.limits import own_meter
     from ingest.places import check_output
-    from ingest.plan import plan_units
+    from ingest.planner import plan_stored
     from ingest.sources import limited
     from shards import dataset
     from shards.ids import Pseudonymizer
@@ -145,22 +166,28 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None) -> Job:
     store = open_store(config.output)
     new_key = keys.must_be_made(config.key_file, config.output)
     if not new_key:
-        info = dataset_info(config, Pseudonymizer(keys.read(config.key_file, config.output), config.site))
+        names = Pseudonymizer(keys.read(config.key_file, config.output), config.site)
         if store.exists(dataset.NAME):
-            dataset.open_or_create(store, info)  # refused before the sources are read
+            dataset.open_or_create(store, dataset_info(config, names))  # refused before the sources are read
+    else:
+        names = Pseudonymizer(os.urandom(32), config.site)
+    folder = folder or Path(tempfile.mkdtemp(prefix="plan-", dir=process_folder()))
+    stored = Inventory(folder / "inventory", names)
     with (
         Progress("ingest: looking at the sources", 0, "files", stream=stream) as progress,
         limited(own_meter(config.bytes_per_second, config.open_files)),
     ):
-        entries = inventory(config, progress.update)
+        stored.append(scan(config, progress.update))
+        stored.close()
+        tell_apart(stored, lambda entries: told_apart(entries, config))
     if new_key:  # only now: a wrong source folder leaves nothing behind
-        _printer(stream)("ingest: " + keys.make(config.output))
-    names = Pseudonymizer(keys.read(config.key_file, config.output), config.site)
+        _printer(stream)("ingest: " + keys.make(config.output, names.key))
     dataset.open_or_create(store, dataset_info(config, names))
     if config.path_map is not None:
-        path_map.write(config.path_map, entries, names)
-    todo = plan_units(store, entries, config, names)
-    return Job(store, names, list(todo.units), todo.done, len(todo.waiting), todo.absent)
+        path_map.write(config.path_map, stored.entries(), names)
+    with Progress("ingest: planning", 0, "units", stream=stream) as progress:
+        todo = plan_stored(store, stored, config, names, folder / "plan", progress.update)
+    return Job(store, names, todo.units, todo.done, len(todo.waiting), todo.absent)
 
 
 def _convert(unit: "Unit", common: tuple[str, Any, str, Path | None, Any]) -> Any:

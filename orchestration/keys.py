@@ -27,11 +27,14 @@ def must_be_made(file: str | Path | None, dataset: str | Path) -> bool:
     return not (given or beside(dataset).exists() or (Path(dataset) / "dataset.json").exists())
 
 
-def make(dataset: str | Path) -> str:
-    """Create `<dataset>.key` (mode 0600); the sentence for its owner. Raises UserError."""
+def make(dataset: str | Path, key: bytes | None = None) -> str:
+    """Create `<dataset>.key` (mode 0600) of `key` or a new one; the sentence for its owner.
+
+    Raises UserError.
+    """
     path = beside(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
-    create_key(path)
+    create_key(path, key)
     return (
         f"no key was given: created {path} (mode 0600). Keep it secret, and keep it: later runs and labels "
         "need it, and only it links this dataset's pseudonyms to patients"

@@ -22,7 +22,7 @@ MINIMUM_KEY_BYTES = 16
 _HOW_TO_MAKE_A_KEY = "make one with: (umask 077; openssl rand -hex 32 > KEYFILE)"
 
 
-def _frame(*parts: bytes | str) -> bytes:
+def frame(*parts: bytes | str) -> bytes:
     """Join parts so that no two different sequences of parts give the same bytes.
 
     Lone surrogates (file names that are no UTF-8, a PatientID of an odd character set) keep 3 bytes each.
@@ -37,7 +37,15 @@ def _base32(raw: bytes) -> str:
 
 def digest(*parts: bytes | str) -> str:
     """26 base32 characters of the blake2b of length-prefixed parts. Not keyed: for public content only."""
-    return _base32(hashlib.blake2b(_frame(*parts), digest_size=20).digest())
+    return _base32(hashlib.blake2b(frame(*parts), digest_size=20).digest())
+
+
+def digest_framed(*framed: bytes | memoryview) -> str:
+    """`digest` of parts that `frame` has joined already."""
+    hasher = hashlib.blake2b(digest_size=20)
+    for part in framed:
+        hasher.update(part)
+    return _base32(hasher.digest())
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Pseudonymizer:
             raise ValueError(f"a key has at least {MINIMUM_KEY_BYTES} bytes")
 
     def _hmac(self, *parts: str) -> bytes:
-        return hmac.new(self.key, _frame(*parts), hashlib.sha256).digest()
+        return hmac.new(self.key, frame(*parts), hashlib.sha256).digest()
 
     def id(self, kind: str, value: str) -> str:
         """The pseudonym of `value`; `kind` ("patient", "series", ...) keeps two kinds apart."""
@@ -88,8 +96,9 @@ class Pseudonymizer:
         return _base32(self._hmac("key-id"))[:12]
 
 
-def create_key(path: str | Path) -> None:
-    """Write 32 random bytes as hex text, mode 0600. Raises UserError if the file exists or cannot be made."""
+def create_key(path: str | Path, key: bytes | None = None) -> None:
+    """Write a key (default: 32 random bytes) as hex text, mode 0600. Raises UserError if the file exists or
+    cannot be made."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -99,7 +108,7 @@ def create_key(path: str | Path) -> None:
     except OSError as error:
         raise UserError(f"cannot create the key file {path}: {error.strerror}") from None
     with os.fdopen(fd, "w") as file:
-        file.write(os.urandom(32).hex() + "\n")
+        file.write((key or os.urandom(32)).hex() + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -46,8 +46,17 @@ def write_plan(store: Store, units: Iterable[PlannedUnit], before: int | None = 
         },
         schema=PLAN_SCHEMA,
     )
-    number = len(plan_names(store)) if before is None else before
+    return create_plan(store, table, len(plan_names(store)) if before is None else before)
+
+
+def create_plan(store: Store, table: pa.Table, number: int) -> bool:
+    """Store rows of PLAN_SCHEMA, sorted by unit, as plan `number`; False where there is one (write_plan)."""
     return store.create(f"plans/{number:08d}.parquet", parquet.to_bytes(table))
+
+
+def read_plan(store: Store, name: str) -> pa.Table:
+    """The rows of one plan (PLAN_SCHEMA)."""
+    return parquet.read_bytes(store.read(name))
 
 
 def read_plans(store: Store, names: Iterable[str] | None = None) -> list[PlannedUnit]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestration import bench, bench_augment, bench_images, bench_ingest, bench_read, bench_step
+from orchestration import bench, bench_augment, bench_images, bench_ingest, bench_plan, bench_read, bench_step
 from orchestration.bench import Figure, figure, take_turns
 from shards import catalog
 from shards.errors import UserError
@@ -92,3 +92,9 @@ def test_bench_ingest_measures_rates_per_core_and_memory() -> None:
         "files/s and core",
         "bytes",
     }
+
+
+def test_bench_plan_measures_rows_time_and_memory() -> None:
+    found = list(bench_plan.measure(0.01, rows=3000))
+    assert all(item.value > 0 and item.baseline > 0 and "units" in item.detail for item in found)
+    assert [item.name for item in found] == ["plan_rows", "plan_seconds", "plan_memory"]
