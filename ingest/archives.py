@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from ingest.config import ReadRules
 from ingest.frames import Refused
 from ingest.sniff import inflate_head
-from ingest.sources import open_source
+from ingest.sources import open_source, state_of
 from shards.schema import Reason
 from shards.store import clear_errors
 
@@ -319,8 +319,7 @@ _kept: list[tuple[Any, Archive]] = []  # the archive that was read last, by path
 
 def opened(path: str, rules: ReadRules) -> Archive:
     """The archive at a path; the last one stays open, so that its members are read in one pass."""
-    found = os.stat(path)  # noqa: PTH116
-    state = (path, found.st_size, found.st_mtime_ns, rules.model_dump_json())
+    state = (path, *state_of(path), rules.model_dump_json())
     if _kept and _kept[0][0] == state:
         return _kept[0][1]
     forget()

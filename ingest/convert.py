@@ -22,7 +22,7 @@ from shards.commit import Commit, EncodedSample, QuarantineRow, commit_unit, fin
 from shards.dataset import DatasetInfo, to_json
 from shards.errors import UserError
 from shards.ids import Pseudonymizer
-from shards.objects import open_store
+from shards.objects import is_url, open_store
 from shards.schema import FORMAT_VERSION, Reason, Row, catalog_schema, check_row
 from shards.stats import pixel_digest, pixel_statistics
 
@@ -206,7 +206,7 @@ def read_entry(entry: Entry, reader: Reader) -> Iterator[Item]:
         yield Refusal(Reason.MODALITY_OUT_OF_SCOPE)
     elif from_copy:
         yield from _read_copy(entry, reader)
-    elif is_copied(entry.path) and entry.member and not entry.member.startswith("!"):
+    elif is_copied(entry.path) and (entry.member or is_url(entry.path)) and not entry.member.startswith("!"):
         yield Refusal(unread_reason(entry) or Reason.NOT_AN_IMAGE, modality=entry.modality)
     else:
         yield from reader.read(entry.path, entry.kind, entry.modality, entry.member)

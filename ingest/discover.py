@@ -3,9 +3,9 @@
 import hashlib
 import os
 import re
-import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from ingest.dicom.admit import admit_class
 from ingest.dicom.header import open_dataset, quiet, text
 from ingest.dicom.syntaxes import check_decoders
 from ingest.frames import Refused
-from ingest.places import not_inputs
 from ingest.sniff import HEAD_BYTES, read_head, sniff
-from ingest.sources import open_source
+from ingest.sources import is_odd, open_source, prefix, real_path, size_of
 from ingest.tables import DISCOVERED_NAME, Listing, listings
+from ingest.walk import settled_files, source_names
 from shards.errors import UserError
 from shards.ids import digest
+from shards.objects import is_url
 from shards.schema import Reason
 
 _HEADER_TAGS = (
@@ -33,6 +34,9 @@ _HEADER_TAGS = (
 )
 _HEADER_LIMIT = 16 << 20  # bytes that a deflated header scan may inflate
 _WHOLE_BYTES, _BLOCKS = 1 << 20, 64
+REMOTE_PREFIX_BYTES = 32 << 10  # of an object, read at once: nearly all headers up to the series
+_REQUESTS = 16  # to a bucket at a time, of the header scan
+_Given = tuple[str, str, str]  # path, relative, source
 ANY_SIZE = ReadRules.model_validate(
     {"max_member_bytes": 1 << 62, "max_members": 1 << 40}
 )  # the inventory has held it to its limits
@@ -95,12 +99,13 @@ def scan(config: IngestConfig, progress: Callable[[int], None] | None = None) ->
     sources = source_names(config.sources)
     several = {relative for relative, n in Counter(relative for _, relative, _ in found).items() if n > 1}
     count, usable, members = 0, False, list[Entry]()
-    for path, relative, root in found:
-        real = os.path.realpath(path)
-        if real in used:
-            continue  # a table is configuration, not an input
-        source = f"{sources[root]}//{relative}" if relative in several else relative
-        for entry in _entries(path, relative, source, real, listed, config):
+    inputs = (
+        (path, relative, f"{sources[root]}//{relative}" if relative in several else relative)
+        for path, relative, root in found
+        if real_path(path) not in used  # a table is configuration, not an input
+    )
+    for entries in _side_by_side(lambda given: _entries(*given, listed, config), inputs, config):
+        for entry in entries:
             usable = usable or entry.kind in ("dicom", "nifti") or entry.listed
             members += [entry] if listed and entry.member else []
             count += 1
@@ -129,7 +134,7 @@ def content_of(path: str, size: int, head: bytes, kind: str) -> bytes:
         return head
     hasher = hashlib.sha256(head)
     try:
-        with open_source(path) as file:
+        with open_source(path, buffer=_WHOLE_BYTES if size <= _WHOLE_BYTES else HEAD_BYTES) as file:
             if size <= _WHOLE_BYTES:
                 return hashlib.file_digest(file, "sha256").digest()
             for block in range(1, _BLOCKS + 1):
@@ -145,23 +150,9 @@ def unchanged(entry: Entry) -> bool:
     if entry.member:
         return _member_unchanged(entry)
     head = read_head(entry.path)
-    size = 0 if head is None else _size(entry.path)
+    size = 0 if head is None else size_of(entry.path)
     content = content_of(entry.path, size, head or b"", entry.kind)
     return identity_of(entry.relative, size, content, entry.salt) == entry.identity
-
-
-def source_names(sources: Sequence[str]) -> dict[str, str]:
-    """A name of each absolute source path: its last part, or as many as tell it from the other sources."""
-    roots = [os.path.abspath(source) for source in sources]  # noqa: PTH100 - Path.resolve would follow links
-    names = {}
-    for root in roots:
-        parts = Path(root).parts[1:]
-        others = [Path(other).parts[1:] for other in roots if other != root]
-        length = 1
-        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
-            length += 1
-        names[root] = "/".join(parts[-length:])
-    return names
 
 
 def told_apart(entries: list[Entry], config: IngestConfig) -> list[Entry]:
@@ -210,12 +201,10 @@ def _absent(
     config: IngestConfig,
 ) -> list[Entry]:
     """An input to refuse for every file that a table lists and that lies in no source."""
-    taken = {os.path.realpath(path) for path, _, _ in found}
-    taken |= {
-        os.path.realpath(e.path) + e.relative.partition(Path(e.path).name)[2] for e in entries if e.member
-    }
+    taken = {real_path(path) for path, _, _ in found}
+    taken |= {real_path(e.path) + e.relative.partition(Path(e.path).name)[2] for e in entries if e.member}
     names = source_names(config.sources)
-    roots = {os.path.realpath(root): name for root, name in names.items()}
+    roots = {real_path(root): name for root, name in names.items()}
     absent = []
     for path in sorted(listed.keys() - taken):
         below = next((root for root in roots if Path(path).is_relative_to(root)), None)
@@ -228,75 +217,12 @@ def _absent(
     return absent
 
 
-def settled_files(config: IngestConfig) -> list[tuple[str, str, str]]:
-    """(path, path relative to its source, source) of the files that settle_seconds lets through.
-
-    By ctime, which no copy can set back: `cp -p` and rsync give a file its old mtime. Raises UserError.
-    """
-    found = list(_walk(config))
-    if not config.settle_seconds:
-        return found
-    latest = time.time() - config.settle_seconds
-    return [item for item in found if _changed(item[0]) <= latest]
-
-
-def _changed(path: str) -> float:
-    try:
-        return os.stat(path).st_ctime  # noqa: PTH116 - one call a file of millions
-    except OSError:
-        return float("inf")  # gone again
-
-
-def _walk(config: IngestConfig) -> Iterator[tuple[str, str, str]]:
-    """(absolute path, path relative to its source, source) of every file, each once, in a fixed order."""
-    output = os.path.realpath(config.output) if config.output else ""  # `ingest plan` has none
-    seen = set(not_inputs(config))
-    for source in config.sources:
-        root = os.path.abspath(source)  # noqa: PTH100 - Path.resolve would follow links
-        if not Path(root).exists():
-            raise UserError(f"the source {source} does not exist: correct the path")
-        pairs = [(root, Path(root).name)] if Path(root).is_file() else _files(root, output)
-        for path, relative in pairs:
-            real = os.path.realpath(path)
-            if real not in seen:
-                seen.add(real)
-                # File names may hold bytes that are no UTF-8: kept apart, but representable.
-                yield path, relative.encode("utf-8", "backslashreplace").decode(), root
-
-
-def _files(root: str, output: str) -> Iterator[tuple[str, str]]:
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise UserError("a source folder cannot be read: give read permission")
-    unreadable: list[str] = []
-    visited = {os.path.realpath(root)}
-    for folder, folders, names in os.walk(
-        root, followlinks=True, onerror=lambda e: unreadable.append(e.filename)
-    ):
-        folders[:] = sorted(f for f in folders if _is_new(os.path.join(folder, f), output, visited))  # noqa: PTH118
-        # A folder that cannot be read is an input that is refused, not one that is lost.
-        paths = [os.path.join(folder, name) for name in sorted(names)] + unreadable  # noqa: PTH118 - faster
-        unreadable.clear()
-        for path in paths:
-            yield path, os.path.relpath(path, root).replace(os.sep, "/")
-    for path in unreadable:
-        yield path, os.path.relpath(path, root).replace(os.sep, "/")
-
-
-def _is_new(folder: str, output: str, visited: set[str]) -> bool:
-    """Links to folders are followed once: no loops, and never into the output."""
-    real = os.path.realpath(folder)
-    if real == output or real in visited:
-        return False
-    visited.add(real)
-    return True
-
-
 def _entry(path: str, relative: str, source: str, listing: Listing | None, config: IngestConfig) -> Entry:
     head = read_head(path)
     if head is None:
         identity = identity_of(relative, 0, b"")
         return Entry(path, relative, source, 0, "other", identity, hint=Reason.NOT_AN_IMAGE.value)
-    size, kind = _size(path), sniff(head)
+    size, kind = size_of(path), sniff(head)
     identity = identity_of(relative, size, content_of(path, size, head, kind))
     if kind == "dicom":
         modality, group, hint = _scan_dicom(path, config)
@@ -305,9 +231,19 @@ def _entry(path: str, relative: str, source: str, listing: Listing | None, confi
 
 
 def _entries(
-    path: str, relative: str, source: str, real: str, listed: Mapping[str, Listing], config: IngestConfig
+    path: str, relative: str, source: str, listed: Mapping[str, Listing], config: IngestConfig
 ) -> Iterator[Entry]:
     """The input at a path, or those of the archive there."""
+    real = real_path(path)
+    if is_url(path):
+        if is_odd(relative):
+            yield _refused(path, relative, source, Reason.UNREADABLE)
+            return
+        start = prefix(path, REMOTE_PREFIX_BYTES)
+        kind = archive_kind(start[:HEAD_BYTES])
+        if not kind:
+            yield _remote_entry(path, relative, source, start, listed.get(real), config)
+            return
     kind = archive_kind(read_head(path) or b"")
     if not kind:
         yield _entry(path, relative, source, listed.get(real), config)
@@ -330,10 +266,59 @@ def _entries(
                 yield replace(entry, group=group, order=order) if group else entry
     except (Refused, OSError) as error:
         reason = error.reason if isinstance(error, Refused) else Reason.UNREADABLE
-        identity = identity_of(relative, _size(path), reason.value.encode())
-        yield Entry(
-            path, relative, source, 0, "other", identity, hint=reason.value, member=f"!{reason.value}"
-        )
+        yield _refused(path, relative, source, reason)
+
+
+def _refused(path: str, relative: str, source: str, reason: Reason) -> Entry:
+    """An input that is refused as a whole without being read."""
+    identity = identity_of(relative, size_of(path), reason.value.encode())
+    return Entry(path, relative, source, 0, "other", identity, hint=reason.value, member=f"!{reason.value}")
+
+
+def _remote_entry(
+    path: str, relative: str, source: str, start: bytes, listing: Listing | None, config: IngestConfig
+) -> Entry:
+    """An object, as _entry has a file: most cost one request, the one for `start`."""
+    size = len(start) if len(start) < REMOTE_PREFIX_BYTES else size_of(path)
+    head = start[:HEAD_BYTES]
+    kind = sniff(head)
+    whole = size == len(start) and kind != "dicom" and size > len(head)
+    content = hashlib.sha256(start).digest() if whole else content_of(path, size, head, kind)
+    entry = Entry(path, relative, source, size, kind, identity_of(relative, size, content))
+    if kind != "dicom":
+        return _described(entry, listing, config)
+    with prepared(iter([start]), len(start), REMOTE_PREFIX_BYTES) as local:
+        modality, group, hint = _scan_dicom(local, config)
+    if size > len(start) and (hint or not group.rpartition("\0")[2]):  # the header goes on
+        modality, group, hint = _scan_dicom(path, config)
+    return replace(entry, modality=modality, group=group, hint=hint)
+
+
+def _listed(function: Callable[[_Given], Iterator[Entry]], given: _Given) -> list[Entry]:
+    return list(function(given))
+
+
+def _side_by_side(
+    function: Callable[[_Given], Iterator[Entry]], given: Iterable[_Given], config: IngestConfig
+) -> Iterator[Iterable[Entry]]:
+    """function of each in order; where a source is a bucket, several requests are under way at a time."""
+    if not any(is_url(source) for source in config.sources):
+        yield from map(function, given)
+        return
+    most = min(_REQUESTS, config.open_files or _REQUESTS)
+    # The parsers' loggers are shared by the threads: silenced once, around all of them.
+    with quiet(), ThreadPoolExecutor(most) as pool:
+        pending: deque[Future[list[Entry]]] = deque()
+        try:
+            for one in given:
+                pending.append(pool.submit(_listed, function, one))
+                if len(pending) >= 4 * most:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _member_entry(
@@ -359,7 +344,7 @@ def _member_content(entry: Entry, rules: ReadRules) -> bytes:
 
 def _member_unchanged(entry: Entry) -> bool:
     if entry.member.startswith("!"):
-        return _size(entry.path) > 0
+        return is_url(entry.path) or size_of(entry.path) > 0
     try:
         member = opened(entry.path, ANY_SIZE).find(entry.member)
     except (Refused, OSError, ValueError):
@@ -388,13 +373,6 @@ def _described(entry: Entry, listing: Listing | None, config: IngestConfig) -> E
         listed=listing is not None,
         hint=Reason.MODALITY_OUT_OF_SCOPE.value if modality == "none" else "",
     )
-
-
-def _size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return 0
 
 
 def _scan_dicom(path: str, config: IngestConfig) -> tuple[str, str, str]:

@@ -14,7 +14,7 @@ from ingest.tables import read_rows
 from shards import catalog
 from shards.errors import UserError
 from shards.ids import Pseudonymizer
-from shards.objects import open_store
+from shards.objects import is_url, open_store
 from shards.schema import Row, Split
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -179,8 +179,16 @@ def _join(
     if found.lower() != "file":
         return found, lambda value: iter([value])
     folder = path.resolve().parent
-    roots = [Path(source).resolve() for source in sources]
-    return found, lambda value: _relative_names(folder, value, roots)
+    roots = [Path(source).resolve() for source in sources if not is_url(source)]
+    remote = len(roots) < len(sources)
+
+    def candidates(value: str) -> Iterator[str]:
+        if remote:  # what the key is below the source
+            yield os.path.normpath(value)
+        if roots or not remote:
+            yield from _relative_names(folder, value, roots)
+
+    return found, candidates
 
 
 def _relative_names(folder: Path, value: str, roots: Sequence[Path]) -> Iterator[str]:

@@ -68,7 +68,8 @@ class Meter:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._lease, self._clock, self._sleep = lease, clock, sleep
-        self.lease_bytes = int(min(_LARGEST_LEASE, max(_SMALLEST_LEASE, rate / _LEASES_PER_SECOND)))
+        wanted = _LARGEST_LEASE if lease is None else rate / _LEASES_PER_SECOND
+        self.lease_bytes = int(min(_LARGEST_LEASE, max(_SMALLEST_LEASE, wanted)))
         self._left, self._void = 0, clock()
         self._lock = threading.Lock()
 

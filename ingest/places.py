@@ -14,6 +14,9 @@ _HARMLESS = frozenset({"lost+found"})  # of a file system of its own
 
 def check_output(config: IngestConfig) -> None:
     """Raises UserError where the output is, or holds, a source, or is a folder of other files."""
+    for source in config.sources:
+        if is_url(source) and f"{source.rstrip('/')}/".startswith(config.output.rstrip("/") + "/"):
+            raise UserError("the output is a source or holds one: choose another, empty or new prefix")
     if is_url(config.output):
         store = ObjectStore(config.output)
         if not store.exists(NAME) and not store.is_empty():
@@ -21,7 +24,7 @@ def check_output(config: IngestConfig) -> None:
         return
     output = Path(os.path.realpath(config.output))
     for source in config.sources:
-        if Path(os.path.realpath(source)).is_relative_to(output):
+        if not is_url(source) and Path(os.path.realpath(source)).is_relative_to(output):
             raise UserError("the output folder is a source or holds one: choose another, empty or new folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {config.output} is a file: choose an empty or new folder")

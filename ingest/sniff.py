@@ -5,7 +5,8 @@ import struct
 import zlib
 from pathlib import Path
 
-from ingest.sources import open_source
+from ingest.sources import open_source, prefix
+from shards.objects import is_url
 
 HEAD_BYTES = 4096
 
@@ -22,6 +23,8 @@ def read_head(path: str | Path) -> bytes | None:
     Never blocks: a FIFO or a device is not opened.
     """
     try:
+        if is_url(path):
+            return prefix(str(path), HEAD_BYTES)
         if not stat.S_ISREG(Path(path).stat().st_mode):
             return None
         with open_source(str(path)) as file:

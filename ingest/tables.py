@@ -1,13 +1,17 @@
 """Image + CSV sources: which files a table lists, with modality, patient and split."""
 
 import csv
+import io
 import os
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ingest.config import IngestConfig, TableConfig, partition_of
+from ingest.sources import BUFFER_BYTES, open_source, real_path
 from shards.errors import UserError
+from shards.objects import is_url
 from shards.schema import Split
 
 DISCOVERED_NAME = "images.csv"
@@ -24,10 +28,16 @@ class Listing:
     folder: str = ""  # real path of the folder of the table
 
 
-def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def read_rows(path: Path | str) -> tuple[list[str], list[dict[str, str]]]:
     """Column names and rows of a CSV (or TSV, by its first line). Raises UserError."""
+    opened = open_source(path, BUFFER_BYTES) if isinstance(path, str) else None
+    path = Path(path)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with (
+            open(path, newline="", encoding="utf-8-sig")
+            if opened is None
+            else io.StringIO(opened.read().decode("utf-8-sig"), newline="")
+        ) as file:
             first = file.readline()
             file.seek(0)
             reader = csv.DictReader(file, delimiter="\t" if "\t" in first else ",", restval="")
@@ -42,7 +52,8 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 def read_table(table: TableConfig, modalities: dict[str, str]) -> Iterator[tuple[str, Listing]]:
     """(real path, listing) of every row. Raises UserError for a table without the needed columns."""
     path = Path(table.path)
-    names, rows = read_rows(path)
+    remote = is_url(table.path)
+    names, rows = read_rows(table.path if remote else path)
     if table.file_column not in names:
         raise UserError(f"the table {path.name} has no column {table.file_column!r}: set file_column")
     if table.modality is None and table.modality_column not in names:
@@ -52,16 +63,24 @@ def read_table(table: TableConfig, modalities: dict[str, str]) -> Iterator[tuple
         )
     if table.split_column is not None and table.split_column not in names:
         raise UserError(f"the table {path.name} has no column {table.split_column!r}: correct split_column")
-    folder = path.resolve().parent
+    folder = table.path.rpartition("/")[0] if remote else str(path.resolve().parent)
     for row in rows:
         name = table.modality if table.modality is not None else row[table.modality_column or ""]
         split = row[table.split_column].lower() if table.split_column else ""
         if split not in _SPLITS:
             raise UserError(f"the table {path.name} has a split that is not train, val or test: correct it")
         patient = row.get(table.patient_column or "", "")
-        listing = Listing(partition_of(name, modalities) or "none", patient, split, str(folder))
+        listing = Listing(partition_of(name, modalities) or "none", patient, split, folder)
         if row[table.file_column]:
-            yield os.path.realpath(folder / row[table.file_column]), listing
+            yield _joined(folder, row[table.file_column]), listing
+
+
+def _joined(folder: str, name: str) -> str:
+    """The real path of a file, or the URL of an object, that a table in `folder` names."""
+    if not is_url(folder):
+        return os.path.realpath(Path(folder) / name)
+    scheme, _, rest = folder.partition("://")
+    return f"{scheme}://{posixpath.normpath(posixpath.join(rest, name))}"
 
 
 def listings(config: IngestConfig, discovered: list[str]) -> tuple[dict[str, Listing], set[str]]:
@@ -73,13 +92,13 @@ def listings(config: IngestConfig, discovered: list[str]) -> tuple[dict[str, Lis
     found: dict[str, Listing] = {}
     for table in config.tables:
         found.update(read_table(table, config.modalities))
-    used = {os.path.realpath(table.path) for table in config.tables}
+    used = {real_path(table.path) for table in config.tables}
     for path in discovered:
         try:
             rows = list(read_table(TableConfig(path=path), config.modalities))
         except UserError:
             continue
-        used.add(os.path.realpath(path))
+        used.add(real_path(path))
         for name, listing in rows:
             found.setdefault(name, listing)
     splits: dict[str, str] = {}

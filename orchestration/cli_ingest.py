@@ -72,7 +72,7 @@ def build_config(
     settings = read_settings(config_file) if config_file is not None else {}
     for item in overrides or []:
         apply_override(settings, item)
-    settings["sources"] = [str(path.absolute()) for path in sources]
+    settings["sources"] = [location(path) for path in sources]
     settings["output"] = "" if output is None else location(output)
     limits = {"bytes_per_second": bytes_per_second, "open_files": open_files}
     settings |= {name: value for name, value in limits.items() if value is not None}
@@ -90,7 +90,7 @@ def build_config(
 
 @app.command()
 def plan(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Folders to look at.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Folders, s3://, gs://...")],
     config_file: ConfigFile = None,
     set_: Settings = None,
     table: Table = None,
@@ -109,7 +109,7 @@ def run(
         list[Path],
         typer.Argument(
             metavar="SOURCE... OUT",
-            help="Source folders, then the dataset: a folder, s3://BUCKET/PREFIX, gs://...",
+            help="Source folders, s3:// or gs:// prefixes, then the dataset: a folder, s3://BUCKET/PREFIX, gs://...",
         ),
     ],
     key: Key = None,
@@ -136,6 +136,7 @@ def run(
     """Convert source folders to a dataset; run again, it goes on where it was.
 
     Example: ingest run ARCHIVE DATASET
+    Example: ingest run s3://BUCKET/EXPORT DATASET --key site.key
     Example: ingest run /mnt/pacs DATASET --bytes-per-second 50MB --open-files 64
     """
     import dataclasses

@@ -11,6 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestration.cluster import StopFlag
+from shards.errors import UserError
+from shards.objects import is_url
 
 if TYPE_CHECKING:
     from ingest.config import IngestConfig
@@ -35,6 +37,8 @@ def watch(
     from ingest.discover import NothingToIngestError
     from orchestration.ingest_job import run_ingest
 
+    if any(is_url(source) for source in config.sources):
+        raise UserError("ingest watch looks at folders: for a bucket, let cron call `ingest run` again")
     out = stream or sys.stderr
     done: frozenset[tuple[str, int, int]] | None = None
     waiting_said = False
@@ -62,7 +66,7 @@ def watch(
 
 def settled(config: "IngestConfig") -> frozenset[tuple[str, int, int]]:
     """(path, bytes, ctime in ns) of every file that has settled."""
-    from ingest.discover import settled_files
+    from ingest.walk import settled_files
 
     found = set()
     for path, _, _ in settled_files(config):

@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ _PARTS_AT_ONCE = 4
 _ATTEMPTS = 7
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0  # seconds between attempts, doubled each time, with jitter
 _BUFFER_BYTES = 1 << 20
+_PAGE = 1000  # names in one answer of a listing
 _WRITER = "writer"  # metadata of a created object: a random token, which tells our own success from another's
 
 
@@ -187,6 +189,32 @@ class ObjectStore(Store):
         names = (name.removeprefix(f"{self._prefix}/") for name in found)
         return sorted(n for n in names if not n.rpartition("/")[2].startswith(TEMPORARY_PREFIX) and n)
 
+    def each(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of every object below a folder, page by page; a marker of a folder is none."""
+        top = f"{self._prefix}/{prefix}".strip("/")
+        if self._scheme == "s3":
+            found = self._pages(*top.partition("/")[::2])
+        else:
+            infos = self._call(lambda fs: fs.find(top, detail=True))
+            found = ((name, int(info["size"])) for name, info in infos.items() if name != top)
+        for name, size in found:
+            if not name.endswith("/"):
+                yield name.removeprefix(f"{self._prefix}/"), size
+
+    def _pages(self, bucket: str, key: str) -> Iterator[tuple[str, int]]:
+        more: dict[str, Any] | None = {}
+        while more is not None:
+            asked = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": _PAGE} | more
+            page = self._call(partial(_list_page, asked=asked))
+            yield from ((f"{bucket}/{found['Key']}", found["Size"]) for found in page.get("Contents", ()))
+            more = {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
+
+    def state(self, name: str) -> tuple[int, str, float]:
+        """Size, digest ("" where the store tells none) and time: they change when an object is replaced."""
+        path = self._path(name)
+        head = self._call(lambda fs: self._head(fs, path))
+        return head.size, head.digest, head.modified
+
     def temporaries(self) -> _Names:
         """None: an object appears under its name, whole, or not at all."""
         return []
@@ -320,6 +348,11 @@ class _ObjectFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def _list_page(fs: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    page: dict[str, Any] = fs.call_s3("list_objects_v2", **asked)
+    return page
 
 
 @dataclass(frozen=True)
