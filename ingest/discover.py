@@ -278,7 +278,7 @@ def _refused(path: str, relative: str, source: str, reason: Reason) -> Entry:
 def _remote_entry(
     path: str, relative: str, source: str, start: bytes, listing: Listing | None, config: IngestConfig
 ) -> Entry:
-    """An object, as _entry has a file: most cost one request, the one for `start`."""
+    """An object, as _entry has a file: most cost one request more than the one for `start`."""
     size = len(start) if len(start) < REMOTE_PREFIX_BYTES else size_of(path)
     head = start[:HEAD_BYTES]
     kind = sniff(head)

@@ -114,7 +114,7 @@ def test_a_bucket_of_gcs_makes_the_dataset_of_its_local_copy(tmp_path, monkeypat
     assert tree(tmp_path / "local") == tree(tmp_path / "remote")
 
 
-def test_the_header_scan_asks_once_for_an_object_and_only_for_its_first_bytes(url, proxy, tmp_path):
+def test_the_header_scan_takes_only_the_first_bytes_of_an_object_at_once(url, proxy, tmp_path):
     for number in range(5):
         write(tmp_path / "s" / f"f{number}", grey(size=(400, 400), seed=number), number=number)
     upload(tmp_path / "s", url)
