@@ -23,7 +23,7 @@ from shards.dataset import DatasetInfo, to_json
 from shards.errors import UserError
 from shards.ids import Pseudonymizer
 from shards.objects import is_url, open_store
-from shards.schema import FORMAT_VERSION, Reason, Row, catalog_schema, check_row
+from shards.schema import FORMAT_VERSION, Reason, Row, catalog_schema, check_row, plainly_storable
 from shards.stats import pixel_digest, pixel_statistics
 
 
@@ -187,6 +187,8 @@ def _check_storable(row: Row) -> None:
     """Raise what the commit would raise: there it would end the whole unit."""
     placed = row | {"shard": "", "offset": 0, "size": 0}
     check_row(placed)
+    if plainly_storable(placed):
+        return
     to_json(pa.RecordBatch.from_pylist([placed], catalog_schema()).to_pylist()[0])
 
 

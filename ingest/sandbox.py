@@ -23,6 +23,7 @@ from typing import IO, Any, Protocol
 
 from ingest.config import IngestConfig, ReadRules
 from ingest.frames import Item, Refusal, from_message
+from ingest.memory import ENVIRONMENT, keep_freed
 from ingest.read import read_file
 from shards.schema import Reason
 
@@ -179,7 +180,8 @@ def _start(rules: ReadRules, seconds: float, memory_mib: int) -> "subprocess.Pop
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONUTF8": "1",
-    }
+    } | ENVIRONMENT
+    keep_freed()  # this process converts from now on
     child = subprocess.Popen(
         [
             sys.executable,

@@ -6,6 +6,7 @@ table E.1-1: K keep, C clean, D replace by a dummy, X remove, U replace a UID co
 column that has no DICOM attribute behind it.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -162,6 +163,29 @@ QUARANTINE_SCHEMA = pa.schema(
 def catalog_schema() -> pa.Schema:
     """The Parquet schema of catalog/<modality>/*.parquet."""
     return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in COLUMNS])
+
+
+@lru_cache(maxsize=1)
+def _arrow_types() -> dict[str, pa.DataType]:
+    return {c.name: c.type for c in COLUMNS}
+
+
+def plainly_storable(row: Row) -> bool:
+    """Whether every value surely goes into Parquet and JSON; False where only Arrow itself can tell."""
+    types = _arrow_types()
+    return all(value is None or _fits(value, types[name]) for name, value in row.items())
+
+
+def _fits(value: Any, kind: pa.DataType) -> bool:
+    if type(value) is str:
+        return kind is _S and value.isascii()
+    if type(value) is bool:
+        return kind is _B
+    if type(value) is int:
+        return (kind is _I32 and abs(value) < 1 << 31) or (kind is _I64 and abs(value) < 1 << 63)
+    if type(value) is float:
+        return kind is _F64 and math.isfinite(value)
+    return type(value) is list and kind is _VEC and all(type(v) is float and math.isfinite(v) for v in value)
 
 
 def check_row(row: Row) -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.ids import digest
+from shards.ids import digest_framed, frame
 
 PIXEL_DTYPES = ("uint8", "uint16", "int16")
 
@@ -20,7 +20,9 @@ def pixel_digest(pixels: NDArray) -> str:
     """26-character blake2b of dtype, shape and little-endian pixels of an array [rows, columns]."""
     check_pixels(pixels)
     little = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<"))
-    return digest(pixels.dtype.name, f"{pixels.shape[0]}x{pixels.shape[1]}", little.tobytes())
+    # As digest(dtype, shape, bytes), without a copy of the pixels.
+    head = frame(pixels.dtype.name, f"{pixels.shape[0]}x{pixels.shape[1]}") + little.nbytes.to_bytes(8, "big")
+    return digest_framed(head, little.data.cast("B"))
 
 
 def pixel_statistics(pixels: NDArray) -> dict[str, float]:

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag, Tag
 
 from ingest.dicom.element import PixelElement, locate
 from ingest.frames import Refused
@@ -119,10 +121,18 @@ def _inflated(data: bytes, limit: int) -> BytesIO:
     return BytesIO(data[:start].replace(DEFLATED.encode(), plain) + body)
 
 
+@lru_cache(maxsize=1024)
+def _tag(keyword: str) -> BaseTag:
+    return Tag(keyword)
+
+
 def value(dataset: Dataset, keyword: str) -> Any:
     """The value of an element; None where it is missing, empty or does not parse."""
+    tag = _tag(keyword)
+    if tag not in dataset:
+        return None  # most of what is asked for: Dataset.get is ten times slower
     try:
-        found = dataset.get(keyword)
+        found = dataset[tag].value
     except Exception:  # noqa: BLE001 - the parser converts lazily: a bad optional value is a missing one
         return None
     if found is None or (isinstance(found, str | bytes | MultiValue) and len(found) == 0):

@@ -151,12 +151,15 @@ def to_hounsfield(gray: NDArray, values: Values, padding: NDArray | None) -> NDA
     slope = 1.0 if values.slope is None else values.slope
     intercept = 0.0 if values.intercept is None else values.intercept
     if slope.is_integer() and intercept.is_integer() and max(abs(slope), abs(intercept)) < 2**15:
-        units = gray.astype(np.int32) * int(slope) + int(intercept)
+        units: NDArray = gray.astype(np.int32)
+        if slope != 1:
+            units *= int(slope)
+        units += int(intercept)
     else:
         units = np.rint(gray.astype(np.float64) * slope + intercept)
     if padding is not None:
         units[padding] = AIR_HU
-    return np.clip(units, AIR_HU, HIGHEST_HU).astype(np.int16)
+    return np.clip(units, AIR_HU, HIGHEST_HU, out=units).astype(np.int16)
 
 
 def invert(gray: NDArray, bits: int, signed: bool) -> NDArray:
