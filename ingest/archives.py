@@ -4,35 +4,29 @@ Members are untrusted: what is no plain file of a harmless name, or inflates bey
 Zips and plain tars are read by offset; a compressed tar forwards only, so its members are read in order.
 """
 
-import bz2
 import hashlib
 import io
-import lzma
 import os
 import stat
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from ingest.archive_streams import RATIO, RATIO_FREE, Direct, Forward, archive_kind, is_tar
 from ingest.config import ReadRules
 from ingest.frames import Refused
-from ingest.sniff import inflate_head
 from ingest.sources import open_source, state_of
 from shards.schema import Reason
 from shards.store import clear_errors
 
 PREFIX_BYTES = 256 << 10  # of a member, read with its listing: identity, sniffing, header scan
-_RATIO, _RATIO_FREE = 200, 64 << 20  # inflated / packed bytes that are refused, beyond so many inflated bytes
 _ARCHIVE_RATIO_FREE = 1 << 30  # of all declared sizes of a zip
-_META_LIMIT = 1 << 20  # bytes of a name or of extended headers in a tar
 _MEMORY_BYTES = 512 << 20  # a larger member is held in an unlinked temporary file
 _CHUNK = 1 << 20
-_LZMA_MEMORY = 128 << 20
 _REFUSAL = "!"  # member ids of what is refused at listing: "!reason"
 
 
@@ -53,119 +47,6 @@ class Member:
     @property
     def content(self) -> bytes:
         return hashlib.sha256(self.check + self.prefix).digest()
-
-
-def archive_kind(head: bytes) -> str:
-    """zip | tar | tar.gz | bz2 | xz | "" of the first bytes; of the last two the content is not looked at."""
-    if head[:4] in (b"PK\3\4", b"PK\5\6"):
-        return "zip"
-    if _is_tar(head):
-        return "tar"
-    if head[:2] == b"\x1f\x8b":
-        return "tar.gz" if _is_tar(inflate_head(head)) else ""
-    if head[:3] == b"BZh":
-        return "bz2"
-    return "xz" if head[:6] == b"\xfd7zXZ\0" else ""
-
-
-def _is_tar(head: bytes) -> bool:
-    """A header block with the right sum (POSIX ustar, also without the magic)."""
-    if len(head) < 512 or not head[0]:
-        return False
-    try:
-        declared = int(head[148:156].strip(b" \0") or b"x", 8)
-    except ValueError:
-        return False
-    return declared == sum(head[:148]) + 8 * 32 + sum(head[156:512])
-
-
-class _Forward:
-    """The inflated bytes of a stream, forwards only, with a guard on their ratio."""
-
-    def __init__(self, file: BinaryIO, kind: str) -> None:
-        file.seek(0)
-        self._file, self._kind = file, kind
-        self._packed = self._at = 0
-        self._input = b""
-        self._engine = self._new()
-        self.last = b""
-
-    def _new(self) -> Any:
-        if self._kind == "tar.gz":
-            return zlib.decompressobj(31)
-        return bz2.BZ2Decompressor() if self._kind == "bz2" else lzma.LZMADecompressor(memlimit=_LZMA_MEMORY)
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        if whence or position < self._at:
-            raise Refused(Reason.UNREADABLE)
-        while self._at < position:
-            if not self._some(min(_CHUNK, position - self._at)):
-                break
-        return self._at
-
-    def read(self, count: int) -> bytes:
-        if not 0 <= count <= _META_LIMIT:
-            raise Refused(Reason.TOO_LARGE)
-        parts = []
-        while count:
-            part = self._some(count)
-            if not part:
-                break
-            parts.append(part)
-            count -= len(part)
-        self.last = b"".join(parts)
-        return self.last
-
-    def _some(self, most: int) -> bytes:
-        while True:
-            if self._engine.eof:
-                self._input = self._engine.unused_data or self._more()
-                if not self._input.strip(b"\0"):
-                    return b""
-                self._engine = self._new()
-            wanting = getattr(self._engine, "needs_input", True)
-            if wanting and not self._input:
-                self._input = self._more()
-                if not self._input:
-                    raise Refused(Reason.UNREADABLE)  # cut off
-            try:
-                found: bytes = self._engine.decompress(self._input, most)
-            except (zlib.error, OSError, EOFError, ValueError, lzma.LZMAError):
-                raise Refused(Reason.UNREADABLE) from None
-            self._input = self._engine.unconsumed_tail if self._kind == "tar.gz" else b""
-            self._at += len(found)
-            if self._at > max(_RATIO_FREE, _RATIO * self._packed):
-                raise Refused(Reason.TOO_LARGE)
-            if found:
-                return found
-
-    def _more(self) -> bytes:
-        data = self._file.read(64 << 10)
-        self._packed += len(data)
-        return data
-
-
-class _Direct:
-    """A plain tar, with a limit on what one header may ask for."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.last = b""
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        return self._file.seek(position, whence)
-
-    def read(self, count: int) -> bytes:
-        if not 0 <= count <= _META_LIMIT:
-            raise Refused(Reason.TOO_LARGE)
-        self.last = self._file.read(count)
-        return self.last
 
 
 class Archive:
@@ -250,7 +131,7 @@ class Archive:
             reason = Reason.UNSAFE_MEMBER.value
         elif info.flag_bits & 0x41:
             reason = reason or Reason.ENCRYPTED.value
-        elif info.file_size > max(_RATIO_FREE, _RATIO * info.compress_size):
+        elif info.file_size > max(RATIO_FREE, RATIO * info.compress_size):
             reason = reason or Reason.TOO_LARGE.value
         prefix = b""
         if not reason:
@@ -264,10 +145,10 @@ class Archive:
     def _tar(self, start: int) -> Iterator[Member]:
         """Members from an offset on; of a compressed one from its first."""
         if self.sequential:
-            self._stream = _Forward(self.file, self.kind)
+            self._stream = Forward(self.file, self.kind)
         else:
             self.file.seek(start)
-            self._stream = _Direct(self.file)
+            self._stream = Direct(self.file)
         number = 0
         try:
             tar = tarfile.TarFile(fileobj=self._stream, encoding="utf-8", errors="surrogateescape")
@@ -306,10 +187,10 @@ def open_archive(file: BinaryIO, kind: str, rules: ReadRules) -> Archive | None:
     """None for bzip2 and xz that hold no tar. Raises Refused."""
     if kind in ("bz2", "xz"):
         try:
-            head = _Forward(file, kind).read(512)
+            head = Forward(file, kind).read(512)
         except Refused:
             return None
-        if not _is_tar(head):
+        if not is_tar(head):
             return None
     return Archive(file, kind, rules)
 
@@ -411,7 +292,7 @@ def _open_zip(file: BinaryIO, most: int) -> zipfile.ZipFile:
     except Exception:  # noqa: BLE001 - a damaged directory raises many things
         raise Refused(Reason.UNREADABLE) from None
     declared = sum(info.file_size for info in found.infolist())
-    if declared > max(_ARCHIVE_RATIO_FREE, _RATIO * size):
+    if declared > max(_ARCHIVE_RATIO_FREE, RATIO * size):
         raise Refused(Reason.TOO_LARGE)
     return found
 

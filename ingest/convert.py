@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -16,7 +17,7 @@ from ingest.discover import Entry, unchanged
 from ingest.frames import Frame, Item, Refusal, Refused
 from ingest.plan import Unit
 from ingest.sandbox import Reader, shared_reader
-from ingest.sources import is_copied
+from ingest.sources import is_copied, state_of
 from shards.codec import Codec, get_codec
 from shards.commit import Commit, EncodedSample, QuarantineRow, commit_unit, find_commit
 from shards.dataset import DatasetInfo, to_json
@@ -211,7 +212,19 @@ def read_entry(entry: Entry, reader: Reader) -> Iterator[Item]:
     elif is_copied(entry.path) and (entry.member or is_url(entry.path)) and not entry.member.startswith("!"):
         yield Refusal(unread_reason(entry) or Reason.NOT_AN_IMAGE, modality=entry.modality)
     else:
+        before = _state(entry.path)
         yield from reader.read(entry.path, entry.kind, entry.modality, entry.member)
+        after = _state(entry.path)
+        if after is not None and after != before:  # written to: what was read may be half of each
+            yield Refusal(Reason.SOURCE_MISSING, modality=entry.modality)
+
+
+def _state(path: str) -> tuple[Any, ...] | None:
+    """None where the file is gone: once open, it is read to its end all the same."""
+    try:
+        return state_of(path)
+    except OSError:
+        return None
 
 
 def _read_copy(entry: Entry, reader: Reader) -> Iterator[Item]:

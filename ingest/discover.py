@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ingest.archives import PREFIX_BYTES, Member, archive_kind, open_archive, opened, prepared
+from ingest.archive_streams import archive_kind
+from ingest.archives import PREFIX_BYTES, Member, open_archive, opened, prepared
 from ingest.config import IngestConfig, ReadRules
 from ingest.dicom.admit import admit_class
 from ingest.dicom.header import open_dataset, quiet, text

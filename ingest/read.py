@@ -60,6 +60,6 @@ def _read(path: str, kind: str, modality: str, rules: ReadRules) -> Iterator[Ite
 
         yield read_raster(path, modality, rules)
     else:
-        with open(path, "rb"):  # forbidden: unreadable, not "not an image"
-            pass
+        with open(path, "rb") as file:  # forbidden or a broken disk: unreadable, not "not an image"
+            file.read(1)
         raise Refused(Reason.NOT_AN_IMAGE)

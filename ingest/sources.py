@@ -44,13 +44,17 @@ def is_copied(path: str) -> bool:
 def chunks(path: str, most: int) -> Iterator[bytes]:
     """The first `most` bytes of a source, in pieces, all of one state. Raises as open_source.
 
-    An object that is replaced in the middle is FileNotFoundError: pieces of two objects make none.
+    One that is written to or replaced in the middle is FileNotFoundError: pieces of two make none.
     """
     if not is_url(path):
         with open_source(path) as file:
+            found = os.fstat(file.fileno())
             while most > 0 and (data := file.read(min(BUFFER_BYTES, most))):
                 most -= len(data)
                 yield data
+            after = os.fstat(file.fileno())
+        if (found.st_size, found.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise FileNotFoundError
         return
     meter = limits.current() or limits.Meter(None)
     store, name = split(path)
