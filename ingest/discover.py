@@ -75,6 +75,10 @@ class NothingToIngestError(UserError):
     """The sources hold nothing that can become an image, so far."""
 
 
+File = tuple[str, str, str]  # path, relative, source of an Entry
+PARALLEL_FILES = 256  # fewer are scanned in this process: others take longer to start
+
+
 def inventory(config: IngestConfig, progress: Callable[[int], None] | None = None) -> list[Entry]:
     """Every file under the sources, in a fixed order. progress is called with the number of files so far.
 
@@ -83,8 +87,16 @@ def inventory(config: IngestConfig, progress: Callable[[int], None] | None = Non
     return told_apart(list(scan(config, progress)), config)
 
 
-def scan(config: IngestConfig, progress: Callable[[int], None] | None = None) -> Iterator[Entry]:
+def scan(
+    config: IngestConfig,
+    progress: Callable[[int], None] | None = None,
+    expect: Callable[[int], None] | None = None,
+    scanner: "Scanner | None" = None,
+) -> Iterator[Entry]:
     """`inventory` one by one, before those of equal identity are told apart.
+
+    expect is called with the number of files once it is known. scanner: looks into many local files
+    (ingest.scan); None: this process.
 
     Raises UserError for a missing or empty source, where nothing in it can be an image, and for missing
     decoders.
@@ -99,17 +111,20 @@ def scan(config: IngestConfig, progress: Callable[[int], None] | None = None) ->
     listed, used = listings(config, tables)
     sources = source_names(config.sources)
     several = {relative for relative, n in Counter(relative for _, relative, _ in found).items() if n > 1}
-    count, usable, members = 0, False, list[Entry]()
+    if expect is not None:
+        expect(len(found))
+    usable, members = False, list[Entry]()
     inputs = (
         (path, relative, f"{sources[root]}//{relative}" if relative in several else relative)
         for path, relative, root in found
         if real_path(path) not in used  # a table is configuration, not an input
     )
-    for entries in _side_by_side(lambda given: _entries(*given, listed, config), inputs, config):
+    elsewhere = len(found) >= PARALLEL_FILES and not any(is_url(source) for source in config.sources)
+    chosen = scanner if scanner is not None and elsewhere else _scan_here
+    for count, entries in enumerate(chosen(inputs, listed, config), 1):
         for entry in entries:
             usable = usable or entry.kind in ("dicom", "nifti") or entry.listed
             members += [entry] if listed and entry.member else []
-            count += 1
             yield entry
         if progress is not None:
             progress(count)
@@ -119,6 +134,15 @@ def scan(config: IngestConfig, progress: Callable[[int], None] | None = None) ->
             "the sources hold no DICOM, no NIfTI and no image that a table lists: "
             "give another folder, or a table with the columns file and modality"
         )
+
+
+Scanner = Callable[[Iterable[File], Mapping[str, Listing], IngestConfig], Iterator[Iterable[Entry]]]
+
+
+def _scan_here(
+    files: Iterable[File], listed: Mapping[str, Listing], config: IngestConfig
+) -> Iterator[Iterable[Entry]]:
+    return _side_by_side(lambda given: entries_of(*given, listed, config), files, config)
 
 
 def identity_of(relative: str, size: int, content: bytes, salt: str = "") -> str:
@@ -231,7 +255,7 @@ def _entry(path: str, relative: str, source: str, listing: Listing | None, confi
     return _described(Entry(path, relative, source, size, kind, identity), listing, config)
 
 
-def _entries(
+def entries_of(
     path: str, relative: str, source: str, listed: Mapping[str, Listing], config: IngestConfig
 ) -> Iterator[Entry]:
     """The input at a path, or those of the archive there."""

@@ -89,7 +89,7 @@ def run_ingest(
     say = _printer(stream)
     began = time.monotonic()
     with StopFlag() as stop, _private_folder() as scratch:
-        job = plan_job(config, stream, scratch)
+        job = plan_job(config, stream, scratch, workers)
         units = len(job.units) + len(job.done) + job.waiting
         summary = IngestSummary(units=units, already=len(job.done), waiting=job.waiting, absent=job.absent)
         if job.units and not stop:
@@ -140,9 +140,15 @@ class Job:
     absent: int = 0
 
 
-def plan_job(config: "IngestConfig", stream: TextIO | None = None, folder: Path | None = None) -> Job:
+def plan_job(
+    config: "IngestConfig",
+    stream: TextIO | None = None,
+    folder: Path | None = None,
+    workers: int | None = None,
+) -> Job:
     """Key, dataset.json, inventory, plan; the plan is written before any work. Raises UserError.
 
+    workers: processes of the header scan, default one a CPU.
     folder: private scratch, which holds paths; the units of the job are read from it. None: one that goes
     with this process.
     """
@@ -153,6 +159,7 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None, folder: Path 
     from ingest.limits import own_meter
     from ingest.places import check_output
     from ingest.planner import plan_stored
+    from ingest.scan import scanner
     from ingest.sources import limited
     from shards import dataset
     from shards.ids import Pseudonymizer
@@ -177,7 +184,10 @@ def plan_job(config: "IngestConfig", stream: TextIO | None = None, folder: Path 
         Progress("ingest: looking at the sources", 0, "files", stream=stream) as progress,
         limited(own_meter(config.bytes_per_second, config.open_files)),
     ):
-        stored.append(scan(config, progress.update))
+        parallel = None  # a limit on reading counts in one process; inline: no process of another kind
+        if config.sandbox == "process" and config.bytes_per_second is None and config.open_files is None:
+            parallel = scanner(config, workers or os.cpu_count() or 1)
+        stored.append(scan(config, progress.update, progress.expect, parallel))
         stored.close()
         tell_apart(stored, lambda entries: told_apart(entries, config))
     if new_key:  # only now: a wrong source folder leaves nothing behind

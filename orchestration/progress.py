@@ -69,6 +69,12 @@ class Progress:
         """The work begins now, at `start`: set-up and what was done before do not count in the rate."""
         self.start, self._began = start, time.monotonic()
 
+    def expect(self, total: int) -> None:
+        """The total is known now."""
+        self.total = total
+        if self._live is not None:
+            self._live.update(self._task, total=total or None)
+
     def update(self, done: int, note: str = "") -> None:
         """`done` of `total`, counted with `start`."""
         now = time.monotonic()
