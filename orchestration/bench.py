@@ -20,7 +20,7 @@ from typing import Any
 
 from shards.errors import UserError
 
-BENCHES = ("ingest", "plan", "decoders", "augment", "read", "feed", "step")
+BENCHES = ("ingest", "plan", "files", "decoders", "augment", "read", "feed", "step")
 DEFAULT_SECONDS = 60.0
 MINIMUM_TURNS = 3
 _LOWER_IS_BETTER = ("ms", "s", "bytes")
@@ -105,7 +105,7 @@ def run(
     name: str,
     seconds: float = DEFAULT_SECONDS,
     emit: Callable[[Mapping[str, Any]], None] = print_line,
-    options: Mapping[str, float] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Figure]:
     """Measure one bench within about `seconds` of turns (set-up comes on top). Raises UserError.
 

@@ -197,16 +197,25 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="ingest, plan, decoders, augment, read, feed or step.")],
+    name: Annotated[str, typer.Argument(help="ingest, plan, files, decoders, augment, read, feed or step.")],
     seconds: Annotated[float, typer.Option(help="Measuring time; set-up comes on top.")] = 60.0,
     rows: Annotated[float | None, typer.Option(help="plan: rows of the inventory; default 105e6.")] = None,
+    files: Annotated[
+        list[float] | None, typer.Option(help="files: a number of files; repeated; default 1e4, 1e5.")
+    ] = None,
+    convert_up_to: Annotated[
+        float | None, typer.Option(help="files: larger numbers are scanned and planned only; default 1e5.")
+    ] = None,
 ) -> None:
     """Measure this machine: one JSON object per figure, with the baseline measured in the same run."""
     from orchestration.bench import run
 
-    if rows is not None and name != "plan":
-        raise UserError("--rows is an option of bench plan: leave it out")
-    run(name, seconds, options={} if rows is None else {"rows": rows})
+    given = {"rows": rows, "files": files or None, "convert_up_to": convert_up_to}
+    options = {option: value for option, value in given.items() if value is not None}
+    own = {"plan": {"rows"}, "files": {"files", "convert_up_to"}}.get(name, set())
+    if options.keys() - own:
+        raise UserError("--rows is an option of bench plan, --files and --convert-up-to of bench files")
+    run(name, seconds, options=options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestration import bench, bench_augment, bench_images, bench_ingest, bench_plan, bench_read, bench_step
+from orchestration import (
+    bench,
+    bench_augment,
+    bench_files,
+    bench_images,
+    bench_ingest,
+    bench_plan,
+    bench_read,
+    bench_step,
+)
 from orchestration.bench import Figure, figure, take_turns
 from shards import catalog
 from shards.errors import UserError
@@ -98,3 +107,9 @@ def test_bench_plan_measures_rows_time_and_memory() -> None:
     found = list(bench_plan.measure(0.01, rows=3000))
     assert all(item.value > 0 and item.baseline > 0 and "units" in item.detail for item in found)
     assert [item.name for item in found] == ["plan_rows", "plan_seconds", "plan_memory"]
+
+
+def test_bench_files_measures_scan_and_plan_for_each_number_of_files() -> None:
+    found = list(bench_files.measure(0.01, files=(60, 20), convert_up_to=1))
+    assert [item.name for item in found] == ["files_plan_20", "files_plan_60"]
+    assert found[0].ratio == 1 and all(item.value > 0 and "MB" in item.detail for item in found)
