@@ -222,8 +222,8 @@ def main() -> None:
     channel.write(b"\n")  # ready
     channel.flush()
     for line in sys.stdin.buffer:
-        for index, file in enumerate(json.loads(line)):
-            for rows in _batched(entries_of(*file, listed, config), _ENTRIES_A_LINE):
+        for index, (path, relative, source) in enumerate(json.loads(line)):
+            for rows in _batched(entries_of(path, relative, source, listed, config), _ENTRIES_A_LINE):
                 _answer(channel, [index, [_row(entry) for entry in rows]])
         channel.write(b"\n")
         channel.flush()

@@ -1,4 +1,4 @@
-"""`medswav bench files`: what a file costs, from few files to many: scan and plan, and the whole `ingest run`.
+"""`medswav bench files`: what a file costs, from few files to many: scan and plan, and all of `ingest run`.
 
 Tiny DICOM files (34 x 34 pixels), 50 a series, in folders as an archive has them. The baseline of each number
 of files is the smallest number of the same run: a ratio of 1 is a cost per file that does not grow. Each in a
@@ -36,7 +36,7 @@ _INSTANCE = "1.2.3.300.100000000"
 def measure(
     seconds: float, files: Sequence[float] = FILES, convert_up_to: float = CONVERT_UP_TO
 ) -> Iterator[Figure]:
-    """ms and driver's peak memory a number of files. One turn: `seconds` is not looked at. Raises UserError."""
+    """ms a file, and the driver's peak memory. One turn: `seconds` is not looked at. Raises UserError."""
     sizes = sorted({int(count) for count in files})
     if not sizes or sizes[0] < 1:
         raise UserError("--files: give positive numbers")
@@ -49,9 +49,8 @@ def measure(
                 found = cost(place / "source", place / what, what)
                 each = found["seconds"] / count * 1e3
                 first, of = base.setdefault(what, (each, count))
-                detail = (
-                    f"{count} files in {found['seconds']:.1f} s, driver's peak {found['peak'] / 1e6:.0f} MB"
-                )
+                peak = f"driver's peak {found['peak'] / 1e6:.0f} MB"
+                detail = f"{count} files in {found['seconds']:.1f} s, {peak}"
                 words = {"plan": "scan and plan", "run": "the whole ingest run, Ray's start included"}[what]
                 versus = f"{words}: the same for {of} files"
                 yield figure(f"files_{what}_{count}", each, "ms/file", first, versus, 1, detail)
@@ -82,7 +81,7 @@ def write_files(root: Path, count: int) -> None:
 
 
 def _template(path: Path) -> bytes:
-    data = Dataset()
+    data: Any = Dataset()
     data.file_meta = FileMetaDataset()
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = _INSTANCE
