@@ -11,21 +11,24 @@ import pyarrow as pa
 
 from ingest.config import IngestConfig
 from ingest.copies import copied, is_read, unread_reason
-from ingest.dedupe import Keys, Seen, image_keys
+from ingest.dedupe import GEOMETRY, Keys, Seen, image_keys, named_by, seen_before
 from ingest.deidentify import deidentification, make_row, source_id
 from ingest.discover import Entry, unchanged
 from ingest.frames import Frame, Item, Refusal, Refused
 from ingest.plan import Unit
 from ingest.sandbox import Reader, shared_reader
 from ingest.sources import is_copied, state_of
+from shards import parquet
 from shards.codec import Codec, get_codec
-from shards.commit import Commit, EncodedSample, QuarantineRow, commit_unit, find_commit
+from shards.commit import Commit, EncodedSample, QuarantineRow, Retry, commit_unit, find_commit
 from shards.dataset import DatasetInfo, to_json
 from shards.errors import UserError
 from shards.ids import Pseudonymizer
 from shards.objects import is_url, open_store
+from shards.retries import family
 from shards.schema import FORMAT_VERSION, Reason, Row, catalog_schema, check_row, plainly_storable
 from shards.stats import pixel_digest, pixel_statistics
+from shards.store import Store
 
 
 @dataclass
@@ -73,6 +76,8 @@ def run_unit(
     if standing is not None:
         return _result(unit, standing)
     work = _Work(unit, config, names, reader or shared_reader(config))
+    if unit.retry is not None:
+        work.seen = seen_before(_rows_of(store, unit.retry))
     started = time.perf_counter()
     commit = commit_unit(
         store,
@@ -81,12 +86,22 @@ def run_unit(
         work.quarantine,
         scratch,
         inputs=len(unit.entries),
+        retry=unit.retry,
     )
     seconds = time.perf_counter() - started
     result = _result(unit, commit)
     result.reasons = dict(Counter(row.reason for row in work.quarantine))
     result.seconds = dict(work.seconds) | {"commit": max(0.0, seconds - sum(work.seconds.values()))}
     return result
+
+
+def _rows_of(store: Store, retry: Retry) -> Iterator[Row]:
+    """What the unit and the attempts before have kept, by the columns that duplicates are known by."""
+    columns = ["instance", "frame", "modality", "pixel_digest", *GEOMETRY]
+    for name in family(retry.unit, retry.attempt - 1):
+        commit = find_commit(store, name)
+        for file in commit.catalogs if commit else ():
+            yield from parquet.read(store, file.path, columns).to_pylist()
 
 
 def _result(unit: Unit, commit: Commit) -> UnitResult:
@@ -150,6 +165,8 @@ class _Work:
         started = time.perf_counter()
         try:
             keys = image_keys(frame, pixel_digest(frame.pixels))
+            if self.unit.retry is not None:
+                keys = named_by(keys, self.names)
             reason = self.seen.reason(keys)
             if reason is not None:
                 return Refusal(reason, frame.index, frame.modality)

@@ -1,10 +1,13 @@
 """The same image twice in a unit: kept once. The same instance with other pixels: a collision."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ingest.frames import Frame
-from shards.schema import Reason
+from shards.ids import Pseudonymizer
+from shards.schema import Reason, Row
+
+GEOMETRY = ("spacing_row_mm", "spacing_column_mm", "position_mm", "orientation")
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,30 @@ class Seen:
             self.contents.add(keys.content)
 
 
+def seen_before(rows: Iterable[Row]) -> Seen:
+    """The images of catalogue rows; instances are pseudonyms there (named_by)."""
+    seen = Seen()
+    for row in rows:
+        instance = (row["instance"], row["frame"]) if row["instance"] else None
+        seen.add([Keys(instance, row["pixel_digest"], _content(row["modality"], row["pixel_digest"], row))])
+    return seen
+
+
+def named_by(keys: Keys, names: Pseudonymizer) -> Keys:
+    """The keys with the pseudonym of the instance, as catalogue rows have it."""
+    if keys.instance is None:
+        return keys
+    return replace(keys, instance=(names.id("instance", keys.instance[0]), keys.instance[1]))
+
+
 def image_keys(frame: Frame, pixel_digest: str) -> Keys:
     uid = frame.identifiers.get("instance")
-    names = ("spacing_row_mm", "spacing_column_mm", "position_mm", "orientation")
-    geometry = (_rounded(frame.columns.get(name)) for name in names)
-    return Keys((uid, frame.index) if uid else None, pixel_digest, (frame.modality, pixel_digest, *geometry))
+    content = _content(frame.modality, pixel_digest, frame.columns)
+    return Keys((uid, frame.index) if uid else None, pixel_digest, content)
+
+
+def _content(modality: str, pixel_digest: str, columns: Row) -> tuple[object, ...]:
+    return modality, pixel_digest, *(_rounded(columns.get(name)) for name in GEOMETRY)
 
 
 def _rounded(value: object) -> object:

@@ -24,7 +24,7 @@ from itertools import groupby
 from ingest.config import IngestConfig
 from ingest.discover import Entry
 from ingest.inventory import input_id
-from shards.commit import is_release, list_commits, release_unit
+from shards.commit import Retry, is_release, list_commits, release_unit
 from shards.errors import UserError
 from shards.ids import Pseudonymizer, digest
 from shards.plan import PlannedUnit, plan_names, read_plans, write_plan
@@ -40,6 +40,7 @@ class Unit:
     unit: str
     modality: str
     entries: tuple[Entry, ...]
+    retry: Retry | None = None  # of inputs that another unit refused
 
 
 @dataclass(frozen=True)

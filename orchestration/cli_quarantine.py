@@ -40,3 +40,48 @@ def show(
     from orchestration.quarantine_report import show as shown
 
     typer.echo(shown(dataset, source, path_map, as_json))
+
+
+@app.command()
+def retry(
+    dataset: Dataset,
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="Source folders, as given to `ingest run`.")
+    ],
+    reason: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Reason to try again, may be repeated; default crashed, decode_failed, unreadable, "
+            "transfer_syntax_unsupported, source_missing."
+        ),
+    ] = None,
+    key: Annotated[Path | None, typer.Option("--key", "--key-file", help="As in `ingest run`.")] = None,
+    site: Annotated[str | None, typer.Option(help="As in `ingest run`.")] = None,
+    config_file: Annotated[Path | None, typer.Option("--config", help="As in `ingest run`.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="a.b=value", help="As in `ingest run`; file_seconds may differ."),
+    ] = None,
+    table: Annotated[list[Path] | None, typer.Option(help="As in `ingest run`.")] = None,
+    bytes_per_second: Annotated[str | None, typer.Option(help="As in `ingest run`.")] = None,
+    open_files: Annotated[int | None, typer.Option(min=1, help="As in `ingest run`.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Units at a time; default one a CPU.")] = None,
+    address: Annotated[str | None, typer.Option(help="host:port of a running Ray cluster.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert refused inputs again, after a decoder was added or a limit raised; nothing is rewritten.
+
+    Example: ingest quarantine retry DATASET ARCHIVE --reason crashed --set file_seconds=600
+    """
+    import dataclasses
+    import json
+
+    from orchestration.cli_ingest import build_config
+    from orchestration.retry_job import run_retry
+
+    limits = (bytes_per_second, open_files)
+    config = build_config(sources, dataset, key, site, config_file, set_, table, None, *limits)
+    summary = run_retry(config, reason, workers=workers, address=address)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(summary), indent=1))
+    raise typer.Exit(summary.exit_code)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestration import keys, leases, path_map
 from orchestration.cluster import StopFlag, connected, pin_threads, process_folder, runtime_env
+from orchestration.inventory_job import take_inventory
 from orchestration.metrics import Metrics, endpoint
 from orchestration.progress import Progress, format_seconds
 from shards.errors import UserError
@@ -81,15 +82,17 @@ def run_ingest(
     metrics_host: str = "127.0.0.1",
     verbose: bool = False,
     stream: TextIO | None = None,
+    planned: "Planned | None" = None,
 ) -> IngestSummary:
     """Plan, convert what is not yet committed, sum up. Prints progress and the summary to `stream` (stderr).
 
-    workers: units at a time, default one a CPU. Raises UserError: nothing committed is ever lost by it.
+    workers: units at a time, default one a CPU. planned: what makes the job, by default plan_job. Raises
+    UserError: nothing committed is ever lost by it.
     """
     say = _printer(stream)
     began = time.monotonic()
     with StopFlag() as stop, _private_folder() as scratch:
-        job = plan_job(config, stream, scratch, workers)
+        job = (planned or plan_job)(config, stream, scratch, workers)
         units = len(job.units) + len(job.done) + job.waiting
         summary = IngestSummary(units=units, already=len(job.done), waiting=job.waiting, absent=job.absent)
         if job.units and not stop:
@@ -104,7 +107,7 @@ def run_ingest(
                 convert = _Conversion(job, config, cluster.folder, metrics, summary)
                 convert.run(count if workers or cluster.local else max(count, cluster.cpus), stop, stream)
         elif not job.units and not job.waiting:
-            say("ingest: nothing to do, every input is already in the dataset")
+            say(job.nothing)
         summary.interrupted = bool(stop) and summary.committed + summary.already < summary.units - job.waiting
     _sum_up(summary, job, config)
     if not summary.interrupted and summary.total:
@@ -134,10 +137,14 @@ class Job:
 
     store: Any
     pseudonymizer: Any
-    units: "StoredUnits"
+    units: "StoredUnits | list[Unit]"
     done: frozenset[str]
     waiting: int = 0
     absent: int = 0
+    nothing: str = "ingest: nothing to do, every input is already in the dataset"
+
+
+Planned = Callable[["IngestConfig", TextIO | None, Path | None, int | None], Job]
 
 
 def plan_job(
@@ -153,14 +160,9 @@ def plan_job(
     with this process.
     """
     from ingest.convert import dataset_info
-    from ingest.discover import scan, told_apart
-    from ingest.inventory import Inventory, tell_apart
     from ingest.labels import check_table
-    from ingest.limits import own_meter
     from ingest.places import check_output
     from ingest.planner import plan_stored
-    from ingest.scan import scanner
-    from ingest.sources import limited
     from shards import dataset
     from shards.ids import Pseudonymizer
     from shards.objects import open_store
@@ -179,17 +181,7 @@ def plan_job(
     else:
         names = Pseudonymizer(os.urandom(32), config.site)
     folder = folder or Path(tempfile.mkdtemp(prefix="plan-", dir=process_folder()))
-    stored = Inventory(folder / "inventory", names)
-    with (
-        Progress("ingest: looking at the sources", 0, "files", stream=stream) as progress,
-        limited(own_meter(config.bytes_per_second, config.open_files)),
-    ):
-        parallel = None  # a limit on reading counts in one process; inline: no process of another kind
-        if config.sandbox == "process" and config.bytes_per_second is None and config.open_files is None:
-            parallel = scanner(config, workers or os.cpu_count() or 1)
-        stored.append(scan(config, progress.update, progress.expect, parallel))
-        stored.close()
-        tell_apart(stored, lambda entries: told_apart(entries, config))
+    stored = take_inventory(config, names, folder, stream, workers)
     if new_key:  # only now: a wrong source folder leaves nothing behind
         _printer(stream)("ingest: " + keys.make(config.output, names.key))
     dataset.open_or_create(store, dataset_info(config, names))
@@ -337,11 +329,12 @@ def _sum_up(summary: IngestSummary, job: Job, config: "IngestConfig") -> None:
     """The dataset's counts from its commits, the failure budget, and a sweep of what killed runs left."""
     from shards import catalog
     from shards.commit import list_commits, sweep
+    from shards.retries import input_count
 
     summary.samples = catalog.counts(job.store)
     refused = catalog.quarantine(job.store)
     summary.quarantined = dict(Counter(refused["reason"].to_pylist()).most_common())
-    summary.inputs = sum(commit.counts["inputs"] for commit in list_commits(job.store))
+    summary.inputs = input_count(list_commits(job.store))
     pairs = zip(refused["source"].to_pylist(), refused["reason"].to_pylist(), strict=True)
     failed = {source for source, reason in pairs if reason in FAILED_REASONS}
     summary.over_budget = len(failed) > config.failure_budget * max(1, summary.inputs)

@@ -16,6 +16,7 @@ from shards.commit import list_commits
 from shards.dataset import read_info
 from shards.errors import UserError
 from shards.objects import open_store
+from shards.retries import input_count
 from shards.tar import ShardReader
 from trainer.augment.intensity import to_unit
 from trainer.config import IntensityConfig
@@ -71,7 +72,7 @@ def gather(dataset: str | Path, pictures: bool = True) -> PageData:
     return PageData(
         info.codec,
         info.key_id,
-        sum(commit.counts["inputs"] for commit in list_commits(store)),
+        input_count(list_commits(store)),
         tuple(_modality(dataset, m, splits, pictures) for m, splits in found),
         value_counts(catalog.quarantine(store)["reason"]),
     )

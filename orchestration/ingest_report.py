@@ -50,6 +50,7 @@ def status_report(dataset: Path, as_json: bool) -> str:
     from shards.dataset import read_info
     from shards.objects import open_store
     from shards.plan import read_plans
+    from shards.retries import input_count
 
     store = open_store(dataset)
     info = read_info(store)
@@ -61,7 +62,7 @@ def status_report(dataset: Path, as_json: bool) -> str:
         "key_id": info.key_id,
         "units_planned": len(planned | done),
         "units_committed": len(done),
-        "inputs": sum(commit.counts["inputs"] for commit in commits),
+        "inputs": input_count(commits),
         "bytes": sum(file.size for commit in commits for file in commit.files()),
         "samples": catalog.counts(store),
         "quarantined": dict(Counter(catalog.quarantine(store)["reason"].to_pylist()).most_common()),

@@ -27,6 +27,7 @@ from shards.codec import MAXIMUM_REDUCE, get_codec
 from shards.commit import list_commits
 from shards.dataset import read_info
 from shards.objects import open_store
+from shards.retries import input_count
 from shards.tar import ShardReader
 from trainer import journal
 from trainer.augment.bands import load_statistics
@@ -50,7 +51,7 @@ def gather(dataset: Path, run_dir: Path, results: Mapping[str, Any], about: Mapp
         generated=bool(about["generated"]),
         date=str(about["date"]),
         counts=counts(dataset, config),
-        inputs=sum(commit.counts["inputs"] for commit in list_commits(open_store(dataset))),
+        inputs=input_count(list_commits(open_store(dataset))),
         refusals=refusals(dataset),
         samples=tuple(_samples(dataset, config)),
         views=views(dataset, run_dir, config),

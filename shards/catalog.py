@@ -14,6 +14,7 @@ from shards.commit import list_commits
 from shards.dataset import read_info
 from shards.errors import UserError
 from shards.objects import open_store
+from shards.retries import standing, superseded
 from shards.schema import QUARANTINE_SCHEMA, Split, catalog_schema
 from shards.store import Store, clear_errors
 
@@ -83,11 +84,13 @@ def counts(root: str | Path | Store) -> dict[str, dict[str, int]]:
 
 
 def quarantine(root: str | Path | Store) -> pa.Table:
-    """All committed quarantine rows (QUARANTINE_SCHEMA), sorted by source and frame."""
+    """The refusals that count (QUARANTINE_SCHEMA; shards.retries), sorted by source and frame."""
     store = _open(root)
-    files = [c.quarantine for c in list_commits(store) if c.quarantine]
+    commits = list_commits(store)
+    gone = superseded(commits)
+    files = [(c.unit, c.quarantine.path) for c in commits if c.quarantine]
     with clear_errors(store.root):
-        tables = [parquet.read(store, f.path) for f in files]
+        tables = [standing(parquet.read(store, path), unit, gone) for unit, path in files]
     order = [("source", "ascending"), ("frame", "ascending"), ("unit", "ascending"), ("reason", "ascending")]
     return pa.concat_tables([QUARANTINE_SCHEMA.empty_table(), *tables]).sort_by(order).combine_chunks()
 

@@ -84,6 +84,19 @@ class CommittedFile:
 
 
 @dataclass(frozen=True)
+class Retry:
+    """An attempt (1, 2, ...) at refused inputs of the planned unit `unit` (shards.retries).
+
+    sources: theirs. rows: refusals of theirs in earlier commits, which count no more.
+    """
+
+    unit: str
+    attempt: int
+    sources: tuple[str, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
 class Commit:
     """What a finished unit wrote.
 
@@ -98,6 +111,7 @@ class Commit:
     counts: dict[str, int]
     statistics: dict[str, dict[str, int]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    retry: Retry | None = None  # left out of the record where there is none
 
     def files(self) -> tuple[CommittedFile, ...]:
         """Every file the commit names."""
@@ -111,6 +125,7 @@ def commit_unit(
     quarantine: Sequence[QuarantineRow],
     scratch: str | Path,
     inputs: int,
+    retry: Retry | None = None,
 ) -> Commit:
     """Write what a unit of work made and commit it; the commit that stands where there was one before.
 
@@ -128,11 +143,12 @@ def commit_unit(
         spooled = _spool(samples, unit, folder)
         with clear_errors(scratch):
             commit, local_files = _write_local(folder, unit, spooled, quarantine, inputs)
+        commit = dataclasses.replace(commit, retry=retry)
         for file, path in local_files:
             if store.put(file.path, path) != file.sha256:
                 raise OSError(f"{path} changed while it was copied")
     # The loser of a race has put the same content-addressed files, or orphans: harmless either way.
-    if store.create(_commit_name(unit), to_json(dataclasses.asdict(commit))):
+    if store.create(_commit_name(unit), _record(commit)):
         return commit
     return _read_commit(store, unit)
 
@@ -270,6 +286,13 @@ def _commit_name(unit: str) -> str:
     return f"commits/{unit}.json"
 
 
+def _record(commit: Commit) -> bytes:
+    values = dataclasses.asdict(commit)
+    if commit.retry is None:
+        del values["retry"]
+    return to_json(values)
+
+
 def _read_commit(store: Store, unit: str) -> Commit:
     """Raises FileNotFoundError where there is none, ValueError where it is damaged."""
     values = json.loads(store.read(_commit_name(unit)))
@@ -278,6 +301,8 @@ def _read_commit(store: Store, unit: str) -> Commit:
         values["catalogs"] = tuple(CommittedFile(**v) for v in values["catalogs"])
         if values["quarantine"] is not None:
             values["quarantine"] = CommittedFile(**values["quarantine"])
+        if (retry := values.get("retry")) is not None:
+            values["retry"] = Retry(**retry | {"sources": tuple(retry["sources"])})
         commit = Commit(**values)
     except (KeyError, TypeError) as error:
         raise ValueError("a damaged commit record") from error
@@ -298,9 +323,7 @@ def release_unit(store: Store, unit: str) -> bool:
     """
     counts = {"samples": 0, "quarantined": 0, "inputs": 0}
     empty = Commit(unit, (), (), None, counts)
-    return store.create(_commit_name(unit), to_json(dataclasses.asdict(empty))) or is_release(
-        _read_commit(store, unit)
-    )
+    return store.create(_commit_name(unit), _record(empty)) or is_release(_read_commit(store, unit))
 
 
 def is_release(commit: Commit) -> bool:

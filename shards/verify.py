@@ -18,6 +18,7 @@ from shards.codec import get_codec
 from shards.commit import Commit, CommittedFile, committed_units, find_commit, orphans
 from shards.dataset import read_info
 from shards.objects import open_store
+from shards.retries import input_count, refusal_count
 from shards.schema import LOCATION_COLUMNS, QUARANTINE_SCHEMA, Row, catalog_schema
 from shards.stats import pixel_digest
 from shards.store import Store
@@ -73,8 +74,8 @@ def verify(root: str | Path | Store, deep: bool = False, workers: int = 2) -> Re
         problems=tuple(problems),
         units=len(commits),
         samples=sum(c.counts["samples"] for c in commits),
-        quarantined=sum(c.counts["quarantined"] for c in commits),
-        inputs=sum(c.counts["inputs"] for c in commits),
+        quarantined=refusal_count(commits),
+        inputs=input_count(commits),
         size=sum(f.size for c in commits for f in c.files()),
         orphans=unclaimed,
         deep=deep,
