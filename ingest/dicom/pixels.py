@@ -1,6 +1,7 @@
 """Raw samples to stored pixels: bits, colour, values, polarity. Rules of data.md section 2."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -52,10 +53,15 @@ def read_frame(dataset: Dataset, source: Pixels, index: int, code: str, values: 
     shift = 0 if high is None else max(0, high + 1 - bits)
     if raw.shape[:2] != (int(dataset.Rows), int(dataset.Columns)):
         raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
+    if code == "CT" and photometric == "MONOCHROME2" and _by_table(raw, dataset):
+        ends = padding_ends(dataset, signed)
+        table = _hounsfield_table(bits, signed, shift, values, ends)
+        return Stored(cv2.LUT(np.ascontiguousarray(raw).view(np.uint16), table), 16, False, False)
     padding = None
     if raw.ndim == 2:
         words, raw = raw, mask_bits(raw, bits, signed, shift)
-        padding = padding_mask(words, raw, dataset, signed) if code == "CT" else None
+        ends = padding_ends(dataset, signed) if code == "CT" else None
+        padding = None if ends is None else padding_mask(words, raw, ends, signed)
     gray, was_color = to_gray(raw, photometric, dataset)
     if was_color:
         bits, signed = 8 * gray.dtype.itemsize, False
@@ -130,18 +136,50 @@ def check_hounsfield(dataset: Dataset, values: Values) -> None:
         raise Refused(Reason.BAD_PIXEL_DESCRIPTION)
 
 
-def padding_mask(words: NDArray, gray: NDArray, dataset: Dataset, signed: bool) -> NDArray | None:
-    """Where pixels are PixelPaddingValue, or between it and PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2).
+def _by_table(raw: NDArray, dataset: Dataset) -> bool:
+    """Whether to look pixels up: those of 16 bits, and more of them than the table has entries."""
+    large = raw.ndim == 2 and raw.dtype.itemsize == 2 and raw.size >= 1 << 16
+    return large and not has_modality_lut(dataset) and _cv2_looks_up_words()
 
-    words: as decoded; gray: of their BitsStored bits. Padding may use bits beyond those (63536 of 12 bits),
-    and overlay bits may lie beside it: either match counts.
-    """
+
+@lru_cache(maxsize=1)
+def _cv2_looks_up_words() -> bool:
+    """Whether this OpenCV has LUT for 16-bit indices; older ones know only those of 8 bits."""
+    table = np.arange(1 << 16, dtype=np.uint16).view(np.int16)[None]
+    try:
+        return np.array_equal(cv2.LUT(table.view(np.uint16), table), table)
+    except cv2.error:
+        return False
+
+
+@lru_cache(maxsize=4)  # 128 kB each; the slices of a series have the same
+def _hounsfield_table(
+    bits: int, signed: bool, shift: int, values: Values, ends: tuple[int, int] | None
+) -> NDArray:
+    """int16 HU [1, 65536] of every 16-bit word: what the steps below make of an image of all of them."""
+    words = np.arange(1 << 16, dtype=np.uint16)[None]
+    gray = mask_bits(words, bits, signed, shift)
+    padding = None if ends is None else padding_mask(words, gray, ends, signed)
+    return to_hounsfield(gray, values, padding)
+
+
+def padding_ends(dataset: Dataset, signed: bool) -> tuple[int, int] | None:
+    """PixelPaddingValue and PixelPaddingRangeLimit in order (PS3.3 C.7.5.1.1.2); None without padding."""
     value = header.integer(dataset, "PixelPaddingValue")
     if value is None:
         return None
     limit = header.integer(dataset, "PixelPaddingRangeLimit")
     # The element is often written with the other signedness: compare as the pixels are.
-    ends = sorted(_as_stored(v, signed) for v in (value, value if limit is None else limit))
+    low, high = sorted(_as_stored(v, signed) for v in (value, value if limit is None else limit))
+    return low, high
+
+
+def padding_mask(words: NDArray, gray: NDArray, ends: tuple[int, int], signed: bool) -> NDArray:
+    """Where pixels lie between padding_ends, both included: bool [rows, columns].
+
+    words: as decoded; gray: of their BitsStored bits. Padding may use bits beyond those (63536 of 12 bits),
+    and overlay bits may lie beside it: either match counts.
+    """
     whole = mask_bits(words, 16, signed)
     return ((gray >= ends[0]) & (gray <= ends[1])) | ((whole >= ends[0]) & (whole <= ends[1]))
 

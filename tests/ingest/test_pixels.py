@@ -8,6 +8,7 @@ from pydicom.pixels import apply_color_lut
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit
 
+from ingest.dicom import pixels
 from ingest.frames import Frame, Refusal
 from ingest.synthetic.syntaxes import COLOR, GREY, encode
 from shards.schema import Reason
@@ -396,3 +397,34 @@ def test_bytes_in_big_endian_words_are_swapped_back(tmp_path, planar, kind):
     data.save_as(path)
     assert np.array_equal(pydicom.dcmread(path).pixel_array, clip)
     assert all(np.array_equal(f.pixels, clip[f.index]) for f in read(path))
+
+
+@pytest.mark.parametrize(
+    "padding", [{}, {"PixelPaddingValue": 63536}, {"PixelPaddingValue": 7, "PixelPaddingRangeLimit": 90}]
+)
+@pytest.mark.parametrize("high", [11, 15])
+@pytest.mark.parametrize("signed", [0, 1])
+@pytest.mark.parametrize("slope", [1.0, 0.73])
+def test_hounsfield_units_are_the_same_looked_up_and_step_by_step(
+    tmp_path, monkeypatch, padding, high, signed, slope
+):
+    words = np.random.default_rng(high).permutation(np.arange(1 << 17, dtype=np.uint32)).astype(np.uint16)
+    path = write(
+        tmp_path / "f",
+        grey("uint16", 12, (256, 512)),
+        "CT",
+        12,
+        RescaleSlope=str(slope),
+        RescaleIntercept="-1000",
+    )
+    data = pydicom.dcmread(path)
+    data.PixelData = words.tobytes()
+    data.HighBit, data.PixelRepresentation = high, signed
+    for name, value in padding.items():
+        data.add_new(name, "US", value)
+    data.save_as(path)
+    quick = one(path)
+    monkeypatch.setattr(pixels, "_by_table", lambda raw, dataset: False)
+    steps = one(path)
+    assert quick.pixels.dtype == steps.pixels.dtype == np.int16
+    assert len(np.unique(quick.pixels)) > 1000 and np.array_equal(quick.pixels, steps.pixels)
