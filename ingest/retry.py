@@ -61,7 +61,7 @@ def retry_units(store: Store, inventory: Inventory, reasons: Collection[str]) ->
     refused = _refused(store, list_commits(store), reasons)
     _add_plans(store, refused)
     wanted = {name for found in refused.values() for name in found.inputs}
-    entries = dict(_entries(inventory, wanted))
+    entries = dict(entries_named(inventory, wanted))
     units, absent = [], 0
     for unit, found in refused.items():
         whole, missing = _whole_sources(found, entries)
@@ -145,7 +145,8 @@ def _source(name: str) -> str:
     return name[:ID_LENGTH]
 
 
-def _entries(inventory: Inventory, wanted: set[str]) -> Iterator[tuple[str, Entry]]:
+def entries_named(inventory: Inventory, wanted: set[str]) -> Iterator[tuple[str, Entry]]:
+    """(input as plans have it, entry) of those inputs that the inventory has."""
     if not wanted:
         return
     names = np.array(sorted(name.encode() for name in wanted))

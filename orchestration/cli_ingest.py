@@ -251,6 +251,34 @@ def verify(
 
 
 @app.command()
+def repair(
+    dataset: Dataset,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[SOURCE]...", help="As given to `ingest run`; none: only look."),
+    ] = None,
+    key: Key = None,
+    site: Site = None,
+    config_file: ConfigFile = None,
+    set_: Settings = None,
+    table: Table = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make broken or missing files again from the sources, byte for byte; exit code 1 when some stay broken.
+
+    Example: ingest repair DATASET ARCHIVE --key site.key --site north
+    """
+    from orchestration.repair_job import look, run_repair
+
+    if sources:
+        summary = run_repair(build_config(sources, dataset, key, site, config_file, set_, table))
+    else:
+        summary = look(location(dataset))
+    typer.echo(summary.to_json() if as_json else summary.text())
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
 def label(
     dataset: Dataset,
     csv: Annotated[Path, typer.Argument(metavar="CSV", help="Labels by file, UID or patient.")],

@@ -152,6 +152,11 @@ class Store:
             file.seek(offset)
             return file.read() if size is None else file.read(size)
 
+    def sha256(self, name: str) -> str:
+        """Hex sha256 of the bytes of a file."""
+        with self.open(name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def open(self, name: str) -> io.BufferedReader:
         """A seekable binary file to read from."""
         with clear_errors(self.root):

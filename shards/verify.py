@@ -4,7 +4,6 @@ Default: records, existence, sizes, tar index against catalogue and commit, keys
 deep: also sha256 of every file, the rows inside the tars, and every image decoded and held to its digest.
 """
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,14 +122,9 @@ def _file(store: Store, file: CommittedFile, deep: bool) -> Problem | None:
     size = store.size(file.path)
     if size != file.size:
         return Problem("size_differs", file.path, f"{size} bytes, committed {file.size}")
-    if deep and _sha256(store, file.path) != file.sha256:
+    if deep and store.sha256(file.path) != file.sha256:
         return Problem("sha256_differs", file.path)
     return None
-
-
-def _sha256(store: Store, name: str) -> str:
-    with store.open(name) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _members(store: Store, shard: CommittedFile) -> list[tuple[str, int, int]]:
