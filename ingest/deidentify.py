@@ -7,6 +7,7 @@ The PS3.15 action of each column stands in shards.schema.
 import datetime
 import math
 import re
+from functools import lru_cache
 from typing import Any
 
 from ingest.config import IngestConfig
@@ -56,7 +57,7 @@ def make_row(frame: Frame, entry: Entry, unit: str, config: IngestConfig, names:
         )
     for name in ("study", "series", "instance", "frame_of_reference", "accession"):
         if identifiers.get(name):
-            row[name] = names.id(name, identifiers[name])
+            row[name] = _known_id(names, name, identifiers[name])
     return row | {name: _finite(value) for name, value in frame.columns.items()}
 
 
@@ -64,6 +65,12 @@ def _finite(value: Any) -> Any:
     """None for a number, or a list with a number, that is infinite or NaN (JSON has none)."""
     numbers = value if isinstance(value, list) else [value]
     return None if any(isinstance(n, float) and not math.isfinite(n) for n in numbers) else value
+
+
+@lru_cache(maxsize=256)
+def _known_id(names: Pseudonymizer, kind: str, text: str) -> str:
+    """names.id: the slices of a series share all but one of these."""
+    return names.id(kind, text)
 
 
 def source_id(source: str, names: Pseudonymizer) -> str:
@@ -75,7 +82,7 @@ def patient_id(entry: Entry, identifiers: dict[str, str], names: Pseudonymizer) 
     """Pseudonym of the patient; without a PatientID of the study, the series or the file, never shared."""
     patient = identifiers.get("patient") or entry.patient
     if patient:
-        return names.id("patient", patient)
+        return _known_id(names, "patient", patient)
     for name in ("study", "series"):
         if identifiers.get(name):
             return names.id(f"patient of {name}", identifiers[name])
