@@ -14,7 +14,7 @@ from shards.ids import digest
 from shards.schema import FORMAT_VERSION
 
 # Raised with every change of a reading rule, so that datasets of two rule sets are never mixed.
-RULES_VERSION = 2
+RULES_VERSION = 3
 
 # Names that tables use for the DICOM modalities.
 MODALITY_NAMES = {
@@ -133,6 +133,8 @@ class ReadRules(_Settings):
     max_member_bytes: int = Field(2 << 30, ge=1)  # one file of a zip or tar, inflated; above: refused
     max_members: int = Field(250_000, ge=1)  # files of one archive; the rest is refused
     frames_per_cine: int = Field(16, ge=1)
+    # What becomes a sample: 2D slices, and beside them volumes, where slices are ones (ingest.stacks).
+    outputs: tuple[Literal["slices", "volumes"], ...] = ("slices",)
     # Keep the classes with a high risk of text in the pixels: secondary capture, ultrasound without regions.
     allow_burned_in: bool = False
     mask_boxes: tuple[MaskBox, ...] = ()  # known places of burned-in text, blanked after decoding
@@ -143,6 +145,13 @@ class ReadRules(_Settings):
         for partition in value.values():
             _check_partition(partition)
         return value
+
+    @field_validator("outputs")
+    @classmethod
+    def _slices_are_made(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "slices" not in value:
+            raise ValueError("volumes are made beside slices: give slices,volumes")
+        return tuple(sorted(set(value)))
 
     @field_validator("nifti_modality")
     @classmethod

@@ -18,9 +18,10 @@ from ingest.frames import Frame, Item, Refusal, Refused
 from ingest.plan import Unit
 from ingest.sandbox import Reader, shared_reader
 from ingest.sources import is_copied, state_of
+from ingest.stacks import Kept, stacked
 from shards import parquet
 from shards.codec import Codec, get_codec
-from shards.commit import Commit, EncodedSample, QuarantineRow, Retry, commit_unit, find_commit
+from shards.commit import Commit, EncodedSample, QuarantineRow, Retry, VolumeSample, commit_unit, find_commit
 from shards.dataset import DatasetInfo, to_json
 from shards.errors import UserError
 from shards.ids import Pseudonymizer
@@ -87,6 +88,7 @@ def run_unit(
         scratch,
         inputs=len(unit.entries),
         retry=unit.retry,
+        volumes=work.volumes,
     )
     seconds = time.perf_counter() - started
     result = _result(unit, commit)
@@ -100,7 +102,7 @@ def _rows_of(store: Store, retry: Retry) -> Iterator[Row]:
     columns = ["instance", "frame", "modality", "pixel_digest", *GEOMETRY]
     for name in family(retry.unit, retry.attempt - 1):
         commit = find_commit(store, name)
-        for file in commit.catalogs if commit else ():
+        for file in commit.images if commit else ():
             yield from parquet.read(store, file.path, columns).to_pylist()
 
 
@@ -131,16 +133,26 @@ class _Work:
         self.seen = Seen()
         self.seconds = {"read": 0.0, "encode": 0.0}
         self.quarantine: list[QuarantineRow] = []
+        self.kept: list[Kept] = []
+        self.volumes: list[VolumeSample] = []
 
     def samples(self) -> Iterator[EncodedSample]:
         for entry in self.unit.entries:
             yield from self._file(entry)
+        # Not of a retry: the other slices of its series are in a commit that stands.
+        if "volumes" in self.config.outputs and self.unit.retry is None:
+            found = stacked(self.kept, self.unit.unit, self.names)
+            self.volumes += found.volumes
+            self.quarantine += found.refusals
+            for kept in self.kept:
+                kept.row.update(found.places.get(kept.row["key"], {}))
 
     def _file(self, entry: Entry) -> list[EncodedSample]:
         """Samples of one file; refusals go to the quarantine. A file refused as a whole gives no sample."""
         samples: list[EncodedSample] = []
         found: list[Keys] = []
         refusals: list[Refusal] = []
+        kept: list[Kept] = []
         for item in self._timed(read_entry(entry, self.reader)):
             made = item if isinstance(item, Refusal) else self._sample(item, entry)
             if isinstance(made, Refusal):
@@ -151,6 +163,8 @@ class _Work:
             else:
                 samples.append(made[0])
                 found.append(made[1])
+                if isinstance(item, Frame) and item.stack is not None:
+                    kept.append(Kept(made[0].row, item.stack))
         whole = [refusal for refusal in refusals if refusal.frame == -1]
         if not whole and not samples and len(refusals) == 1:
             whole = [replace(refusals[0], frame=-1)]  # its only image
@@ -158,6 +172,7 @@ class _Work:
         if whole:
             return []
         self.seen.add(found)
+        self.kept += kept
         return samples
 
     def _sample(self, frame: Frame, entry: Entry) -> tuple[EncodedSample, Keys] | Refusal:

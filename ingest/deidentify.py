@@ -7,6 +7,7 @@ The PS3.15 action of each column stands in shards.schema.
 import datetime
 import math
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from ingest.discover import Entry
 from ingest.frames import Frame
 from ingest.vocabulary import BODY_PARTS, VIEW_POSITIONS, manufacturer
 from shards.ids import Pseudonymizer
-from shards.schema import COLUMNS, Row
+from shards.schema import COLUMNS, VOLUME_COLUMNS, Column, Row
 
 AGE_CAP_YEARS = 90.0  # PS3.15 and HIPAA safe harbour: older is one group
 
@@ -114,6 +115,7 @@ def shifted_date(date: str, days: int) -> str | None:
 
 def deidentification(config: IngestConfig) -> dict[str, Any]:
     """The block of dataset.json that says how this dataset was de-identified."""
+    volumes = {column.name: column.action for column in VOLUME_COLUMNS}
     return {
         "method": "only the allow-listed columns and the pixels leave a source file",
         "pseudonyms": "HMAC-SHA256 under a secret key",
@@ -122,15 +124,15 @@ def deidentification(config: IngestConfig) -> dict[str, Any]:
         "mask_boxes": len(config.mask_boxes),
         "burned_in_classes": "kept" if config.allow_burned_in else "quarantined",
         "columns": {column.name: column.action for column in COLUMNS},
-    }
+    } | ({"volume_columns": volumes} if "volumes" in config.outputs else {})
 
 
-def columns_document() -> str:
-    """Markdown table of every column of a dataset with its PS3.15 action (docs/columns.md)."""
+def columns_document(columns: Sequence[Column] = COLUMNS) -> str:
+    """Markdown table of columns of a dataset with their PS3.15 action (docs/columns.md)."""
     lines = [
         "| column | type | PS3.15 action | meaning |",
         "|---|---|---|---|",
-        *(f"| `{c.name}` | {c.type} | {c.action} | {c.doc} |" for c in COLUMNS),
+        *(f"| `{c.name}` | {c.type} | {c.action} | {c.doc} |" for c in columns),
     ]
     return "\n".join(lines) + "\n"
 

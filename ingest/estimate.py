@@ -10,6 +10,7 @@ from ingest.convert import read_entry
 from ingest.discover import Entry
 from ingest.frames import Frame, Refusal
 from ingest.sandbox import Reader, open_reader
+from ingest.stacks import in_volumes
 from shards.codec import get_codec
 from shards.stats import pixel_digest, pixel_statistics
 
@@ -85,7 +86,8 @@ def _measure(entries: Sequence[Entry], config: IngestConfig, reader: Reader) -> 
                 measured.reasons[item.reason.value] += 1
             else:
                 measured.images[item.modality] += 1
-                measured.bytes_out += _encoded_bytes(item, codec.encode(item.pixels))
+                size = _encoded_bytes(item, codec.encode(item.pixels))
+                measured.bytes_out += size * (2 if in_volumes(item) else 1)
         measured.seconds += time.perf_counter() - started
         measured.files += 1
     return measured

@@ -27,6 +27,18 @@ class Refusal:
     modality: str = "none"
 
 
+@dataclass(frozen=True)
+class Stack:
+    """What tells stacks of one series at the same places apart (ingest.dicom.volume). Private, as `texts`.
+
+    phase: slices that differ in it never lie in one volume. passes (echo time, time point, b-value,
+    acquisition, ...): tried one after the other where several slices lie at one place.
+    """
+
+    phase: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
+
+
 @dataclass
 class Frame:
     """One image as stored: pixels [rows, columns] of uint8, uint16 or int16.
@@ -34,6 +46,7 @@ class Frame:
     `columns`: catalogue columns that are free of identity already (numbers, closed vocabularies).
     `identifiers` (patient, study, series, instance, frame_of_reference) and `texts` (manufacturer, body
     part, ...) are as in the source, private: only `deidentify.make_row` turns them into columns.
+    `stack`: of a slice that may lie in a volume.
     """
 
     index: int
@@ -42,6 +55,7 @@ class Frame:
     columns: Row
     identifiers: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    stack: Stack | None = None
 
 
 Item = Frame | Refusal
@@ -65,6 +79,7 @@ def to_message(item: Item) -> tuple[dict[str, Any], memoryview]:
         "columns": item.columns,
         "identifiers": item.identifiers,
         "texts": item.texts,
+        "stack": None if item.stack is None else [item.stack.phase, item.stack.passes],
     }
     return header, np.ascontiguousarray(item.pixels).data.cast("B")
 
@@ -84,4 +99,5 @@ def from_message(header: dict[str, Any], payload: bytes | memoryview) -> Item:
         dict(header["columns"]),
         dict(header["identifiers"]),
         dict(header["texts"]),
+        None if header["stack"] is None else Stack(*(tuple(map(str, part)) for part in header["stack"])),
     )

@@ -14,7 +14,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import NDArray
 
 from ingest.config import ReadRules
-from ingest.frames import Frame, Item, Refusal, Refused
+from ingest.frames import Frame, Item, Refusal, Refused, Stack
 from ingest.nifti_file import Voxels, open_voxels
 from ingest.values import AIR_HU, HIGHEST_HU, spread
 from shards.schema import Reason, Row
@@ -79,8 +79,10 @@ def read_nifti(path: str, modality: str, rules: ReadRules) -> Iterator[Item]:
         if image.min() == image.max():
             yield Refusal(Reason.CONSTANT, index, modality)
         else:
-            k = index % volume.shape[axis]
-            yield Frame(index, modality, image, _describe(image, volume, axis, k) | columns)
+            time, k = divmod(index, volume.shape[axis])
+            located = "volumes" in rules.outputs and volume.affine is not None
+            stack = Stack((str(time),)) if located else None
+            yield Frame(index, modality, image, _describe(image, volume, axis, k) | columns, stack=stack)
 
 
 def _planes(volume: _Volume, times: list[int]) -> Iterator[tuple[int, NDArray]]:

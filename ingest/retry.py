@@ -30,6 +30,9 @@ DEFAULT_REASONS = (
 )
 # These say that another input of the unit was kept instead.
 _FINAL = frozenset({Reason.DUPLICATE, Reason.UID_COLLISION})
+_OF_STACKS = frozenset(
+    {Reason.VOLUME_WITHOUT_GEOMETRY, Reason.VOLUME_REPEATED_POSITION, Reason.VOLUME_UNEVEN}
+)
 
 
 @dataclass
@@ -49,6 +52,8 @@ def chosen_reasons(given: Collection[str] | None) -> frozenset[str]:
             raise UserError(f"{reason!r} is no reason; the reasons are {', '.join(Reason)}")
         if reason in _FINAL:
             raise UserError(f"{reason} is no failure, the same image is kept once: it is not tried again")
+        if reason in _OF_STACKS:
+            raise UserError(f"{reason} is of a stack whose slices are samples: there is nothing to try again")
     return frozenset(given or DEFAULT_REASONS)
 
 
@@ -124,7 +129,7 @@ def _refusals(store: Store, commit: Commit, gone: dict[str, frozenset[str]]) -> 
 def _with_samples(store: Store, commits: Iterable[Commit]) -> set[str]:
     sources: set[str] = set()
     for commit in commits:
-        for file in commit.catalogs:
+        for file in commit.images:
             with clear_errors(store.root):
                 sources.update(parquet.read(store, file.path, ["source"])["source"].to_pylist())
     return sources

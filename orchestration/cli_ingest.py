@@ -47,6 +47,14 @@ BytesPerSecond = Annotated[
         help="Read no more of the sources than this, all workers together; 50MB, 200KiB. Default: no limit.",
     ),
 ]
+Outputs = Annotated[
+    str | None,
+    typer.Option(
+        "--as",
+        metavar="KINDS",
+        help="slices (default), or slices,volumes: series of slices as 3D samples too.",
+    ),
+]
 OpenFiles = Annotated[
     int | None, typer.Option(min=1, help="Source files open at a time, all workers together.")
 ]
@@ -65,6 +73,7 @@ def build_config(
     path_map: Path | None = None,
     bytes_per_second: str | None = None,
     open_files: int | None = None,
+    outputs: str | None = None,
 ) -> "IngestConfig":
     """Options over the YAML file over the defaults; output None: of a plan. Raises UserError."""
     from ingest.config import load_config, read_settings
@@ -76,6 +85,8 @@ def build_config(
     settings["output"] = "" if output is None else location(output)
     limits = {"bytes_per_second": bytes_per_second, "open_files": open_files}
     settings |= {name: value for name, value in limits.items() if value is not None}
+    if outputs is not None:
+        settings["outputs"] = [name.strip() for name in outputs.split(",")]
     if path_map is not None:
         settings["path_map"] = str(path_map.absolute())
     if key is not None:
@@ -94,12 +105,13 @@ def plan(
     config_file: ConfigFile = None,
     set_: Settings = None,
     table: Table = None,
+    outputs: Outputs = None,
     as_json: AsJson = False,
 ) -> None:
     """What a run would do: counts, refusals by reason, bytes, core-seconds. Writes nothing."""
     from orchestration.ingest_report import plan_report
 
-    config = build_config(sources, None, None, None, config_file, set_, table)
+    config = build_config(sources, None, None, None, config_file, set_, table, outputs=outputs)
     typer.echo(plan_report(config, as_json))
 
 
@@ -117,6 +129,7 @@ def run(
     config_file: ConfigFile = None,
     set_: Settings = None,
     table: Table = None,
+    outputs: Outputs = None,
     path_map: Annotated[
         Path | None,
         typer.Option(help="Private file that names the source of each pseudonym; mode 0600, outside of OUT."),
@@ -137,6 +150,7 @@ def run(
 
     Example: ingest run ARCHIVE DATASET
     Example: ingest run s3://BUCKET/EXPORT DATASET --key site.key
+    Example: ingest run ARCHIVE DATASET --as slices,volumes
     Example: ingest run /mnt/pacs DATASET --bytes-per-second 50MB --open-files 64
     """
     import dataclasses
@@ -145,7 +159,7 @@ def run(
 
     if len(paths) < 2:
         raise UserError("give the source folders and then the output folder: ingest run SOURCE... OUT")
-    given = (key, site, config_file, set_, table, path_map, bytes_per_second, open_files)
+    given = (key, site, config_file, set_, table, path_map, bytes_per_second, open_files, outputs)
     config = build_config(paths[:-1], paths[-1], *given)
     summary = run_ingest(
         config,
@@ -173,6 +187,7 @@ def watch(
     config_file: ConfigFile = None,
     set_: Settings = None,
     table: Table = None,
+    outputs: Outputs = None,
     path_map: Annotated[
         Path | None, typer.Option(help="Private file of pseudonym and path, as in `ingest run`.")
     ] = None,
@@ -201,7 +216,7 @@ def watch(
     if len(paths) < 2:
         raise UserError("give the landing folders and then the output folder: ingest watch SOURCE... OUT")
     settings = [*(set_ or []), f"settle_seconds={settle}"]
-    given = (key, site, config_file, settings, table, path_map, bytes_per_second, open_files)
+    given = (key, site, config_file, settings, table, path_map, bytes_per_second, open_files, outputs)
     config = build_config(paths[:-1], paths[-1], *given)
     code = watched(
         config,
@@ -262,6 +277,7 @@ def repair(
     config_file: ConfigFile = None,
     set_: Settings = None,
     table: Table = None,
+    outputs: Outputs = None,
     as_json: AsJson = False,
 ) -> None:
     """Make broken or missing files again from the sources, byte for byte; exit code 1 when some stay broken.
@@ -271,7 +287,9 @@ def repair(
     from orchestration.repair_job import look, run_repair
 
     if sources:
-        summary = run_repair(build_config(sources, dataset, key, site, config_file, set_, table))
+        summary = run_repair(
+            build_config(sources, dataset, key, site, config_file, set_, table, outputs=outputs)
+        )
     else:
         summary = look(location(dataset))
     typer.echo(summary.to_json() if as_json else summary.text())

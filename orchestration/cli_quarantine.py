@@ -63,6 +63,7 @@ def retry(
         typer.Option("--set", metavar="a.b=value", help="As in `ingest run`; file_seconds may differ."),
     ] = None,
     table: Annotated[list[Path] | None, typer.Option(help="As in `ingest run`.")] = None,
+    outputs: Annotated[str | None, typer.Option("--as", help="As in `ingest run`.")] = None,
     bytes_per_second: Annotated[str | None, typer.Option(help="As in `ingest run`.")] = None,
     open_files: Annotated[int | None, typer.Option(min=1, help="As in `ingest run`.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Units at a time; default one a CPU.")] = None,
@@ -80,7 +81,7 @@ def retry(
     from orchestration.retry_job import run_retry
 
     limits = (bytes_per_second, open_files)
-    config = build_config(sources, dataset, key, site, config_file, set_, table, None, *limits)
+    config = build_config(sources, dataset, key, site, config_file, set_, table, None, *limits, outputs)
     summary = run_retry(config, reason, workers=workers, address=address)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary), indent=1))

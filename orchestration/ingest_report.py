@@ -65,6 +65,7 @@ def status_report(dataset: Path, as_json: bool) -> str:
         "inputs": input_count(commits),
         "bytes": sum(file.size for commit in commits for file in commit.files()),
         "samples": catalog.counts(store),
+        "volumes": catalog.counts(store, volumes=True),
         "quarantined": dict(Counter(catalog.quarantine(store)["reason"].to_pylist()).most_common()),
         "labels": catalog.label_names(store),
     }
@@ -82,6 +83,9 @@ def _status_lines(facts: dict[str, Any]) -> list[str]:
     for modality, splits in facts["samples"].items():
         parts = ", ".join(f"{split} {count}" for split, count in splits.items())
         lines.append(f"{modality:8} {sum(splits.values())} images ({parts})")
+    for partition, splits in facts["volumes"].items():
+        parts = ", ".join(f"{split} {count}" for split, count in splits.items())
+        lines.append(f"{partition} {sum(splits.values())} volumes ({parts})")
     for reason, count in facts["quarantined"].items():
         lines.append(f"refused  {count} {reason}")
     lines.append(f"labels   {', '.join(facts['labels']) or 'none'}")
@@ -96,10 +100,11 @@ def verify_report(dataset: Path, deep: bool, as_json: bool) -> tuple[bool, str]:
     if as_json:
         return report.clean, json.dumps(dataclasses.asdict(report) | {"clean": report.clean}, indent=1)
     lines = [str(problem) for problem in report.problems]
+    volumes = f"{report.volumes} volumes, " if report.volumes else ""
     what = "every file hashed, every image decoded" if deep else "sizes and indexes; --deep checks contents"
     lines.append(
         f"{'clean' if report.clean else f'{len(report.problems)} problems'}: {report.units} units, "
-        f"{report.samples} images, {report.quarantined} refusals, {report.size} bytes ({what})"
+        f"{report.samples} images, {volumes}{report.quarantined} refusals, {report.size} bytes ({what})"
     )
     if report.orphans:
         lines.append(f"{len(report.orphans)} files that no commit names (harmless: no reader sees them)")

@@ -274,4 +274,7 @@ REASON_TEXT = {
     "encrypted": "An archive member behind a password.",
     "nested_archive": "An archive inside an archive.",
     "crashed": "The decoder died or ran out of time on it.",
+    "volume_without_geometry": "Stack in which slices lack position, orientation or spacing: no volume.",
+    "volume_repeated_position": "Stack with two slices at one place: no volume, its slices are samples.",
+    "volume_uneven": "Stack with a gap or with unequal steps: no volume, its slices are samples.",
 }

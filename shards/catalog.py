@@ -15,7 +15,7 @@ from shards.dataset import read_info
 from shards.errors import UserError
 from shards.objects import open_store
 from shards.retries import standing, superseded
-from shards.schema import QUARANTINE_SCHEMA, Split, catalog_schema
+from shards.schema import QUARANTINE_SCHEMA, Split, is_volumes, schema_of
 from shards.store import Store, clear_errors
 
 _REQUESTS_AT_ONCE = 16  # of an object store
@@ -37,12 +37,16 @@ def load(
 ) -> pa.Table:
     """The committed catalogue rows, sorted by key, with the columns of catalog_schema() or those asked for.
 
-    modality, split: only these rows. Raises UserError where root is no dataset or a file is missing.
+    modality, split: only these rows. Volumes (volume_schema()) are given for modality="ct_volumes" and the
+    like only; shards.volumes reads their pixels.
+    Raises UserError where root is no dataset or a file is missing.
     """
     store = _open(root)
-    schema = catalog_schema()
+    schema = schema_of(modality or "")
     wanted = list(columns) if columns is not None else schema.names
-    files = [f for c in list_commits(store) for f in c.catalogs if modality in (None, f.modality)]
+    commits = list_commits(store)
+    files = [f for c in commits for f in (c.images if modality is None else c.catalogs)]
+    files = [f for f in files if modality in (None, f.modality)]
     if not files:
         return schema.empty_table().select(wanted)
     read = list(dict.fromkeys([*wanted, "key"]))
@@ -72,11 +76,16 @@ def _read_catalogs(
         return pa.concat_tables(pool.map(one, names))
 
 
-def counts(root: str | Path | Store) -> dict[str, dict[str, int]]:
-    """{modality: {train, val, test: number of samples}}, from the commits alone."""
+def counts(root: str | Path | Store, volumes: bool = False) -> dict[str, dict[str, int]]:
+    """{modality: {train, val, test: number of samples}}, from the commits alone.
+
+    Of 2D samples, or of volumes.
+    """
     totals: dict[str, dict[str, int]] = {}
     for commit in list_commits(_open(root)):
         for modality, statistics in commit.statistics.items():
+            if is_volumes(modality) != volumes:
+                continue
             total = totals.setdefault(modality, {s.value: 0 for s in Split})
             for split in total:
                 total[split] += statistics[split]

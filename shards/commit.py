@@ -14,11 +14,12 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from shards import parquet
 from shards.dataset import to_json
-from shards.schema import FORMAT_VERSION
+from shards.schema import FORMAT_VERSION, is_volumes
 from shards.store import TEMPORARY_PREFIX, Store, clear_errors
 from shards.unit_files import (
     CommittedFile as CommittedFile,
@@ -37,6 +38,10 @@ from shards.unit_files import (
     write_catalog,
     write_quarantine,
     write_shard,
+    write_volumes,
+)
+from shards.unit_files import (
+    VolumeSample as VolumeSample,
 )
 
 _UNIT_NAME = re.compile(r"[A-Za-z0-9-]{1,100}")
@@ -84,6 +89,11 @@ class Commit:
     format_version: int = FORMAT_VERSION
     retry: Retry | None = None  # left out of the record where there is none
 
+    @property
+    def images(self) -> tuple[CommittedFile, ...]:
+        """The catalogue parts of 2D samples."""
+        return tuple(file for file in self.catalogs if not is_volumes(file.modality))
+
     def files(self) -> tuple[CommittedFile, ...]:
         """Every file the commit names."""
         return self.shards + self.catalogs + ((self.quarantine,) if self.quarantine else ())
@@ -97,11 +107,13 @@ def commit_unit(
     scratch: str | Path,
     inputs: int,
     retry: Retry | None = None,
+    volumes: Sequence[VolumeSample] = (),
 ) -> Commit:
     """Write what a unit of work made and commit it; the commit that stands where there was one before.
 
     samples: in any order, each key once; they are spooled to scratch, so an iterator needs little memory.
-    quarantine: may be a list that grows while `samples` is consumed. inputs: number of input files.
+    quarantine, volumes: may be lists that grow while `samples` is consumed, and rows may be
+    completed until it ends. inputs: number of input files.
     Raises UserError for a full, read-only or forbidden disk (nothing is committed; run again), ValueError
     for rows that break the schema.
     """
@@ -113,7 +125,7 @@ def commit_unit(
     with scratch_folder(Path(scratch)) as folder:
         spooled = spool(samples, unit, folder)
         with clear_errors(scratch):
-            commit, local_files = _write_local(folder, unit, spooled, quarantine, inputs)
+            commit, local_files = _write_local(folder, unit, spooled, quarantine, inputs, volumes)
         commit = dataclasses.replace(commit, retry=retry)
         for file, path in local_files:
             if store.put(file.path, path) != file.sha256:
@@ -130,14 +142,22 @@ def _write_local(
     spooled: dict[str, list[Spooled]],
     quarantine: Sequence[QuarantineRow],
     inputs: int,
+    volumes: Sequence[VolumeSample],
 ) -> tuple[Commit, list[tuple[CommittedFile, Path]]]:
     """Step 1: the files of a unit in `folder`, checked, and the commit that names them."""
     shards: list[CommittedFile] = []
     catalogs: list[CommittedFile] = []
     statistics: dict[str, dict[str, int]] = {}
     local: list[tuple[CommittedFile, Path]] = []
-    for modality, rows in sorted(spooled.items()):
-        shard, table = write_shard(folder, modality, rows)
+    stacks: dict[str, list[VolumeSample]] = {}
+    for volume in volumes:
+        stacks.setdefault(volume.row["modality"], []).append(volume)
+    for modality in sorted(spooled.keys() | stacks.keys()):
+        if modality in stacks:
+            spans = chain.from_iterable(spooled.values())
+            shard, table = write_volumes(folder, modality, stacks[modality], spans)
+        else:
+            shard, table = write_shard(folder, modality, spooled[modality])
         catalog = write_catalog(folder, modality, table)
         shards.append(shard)
         catalogs.append(catalog)
@@ -218,7 +238,7 @@ def committed_sources(store: Store) -> set[str]:
     """Pseudonyms of all inputs that gave a committed sample or a quarantine row."""
     sources: set[str] = set()
     for commit in list_commits(store):
-        files = commit.catalogs + ((commit.quarantine,) if commit.quarantine else ())
+        files = commit.images + ((commit.quarantine,) if commit.quarantine else ())
         for file in files:
             with clear_errors(store.root):
                 column = parquet.read(store, file.path, ["source"])

@@ -53,6 +53,10 @@ class Reason(StrEnum):
     ENCRYPTED = "encrypted"  # a member of an archive
     NESTED_ARCHIVE = "nested_archive"  # an archive in an archive
     CRASHED = "crashed"  # the decoder process died or ran out of time
+    # Of a stack of slices, which stay 2D samples:
+    VOLUME_WITHOUT_GEOMETRY = "volume_without_geometry"  # some have no position, orientation or spacing
+    VOLUME_REPEATED_POSITION = "volume_repeated_position"  # two at one place
+    VOLUME_UNEVEN = "volume_uneven"  # a gap, or steps of other length or direction
 
 
 @dataclass(frozen=True)
@@ -140,19 +144,68 @@ COLUMNS: tuple[Column, ...] = (
     Column("accession", _S, "D", "keyed pseudonym of AccessionNumber"),
     Column("crop_top", _I32, "-", "first row kept of the source frame; null where not cropped"),
     Column("crop_left", _I32, "-", "first column kept; null likewise"),
+    Column("volume", _S, "-", "key of the volume that holds the slice; null where none does"),
+    Column("slice_index", _I32, "-", "0-based place in that volume, along its normal"),
+)
+
+# Of a volume: what all its slices share (null where they differ), under the names above.
+_SHARED = (
+    *("kind", "split", "patient", "study", "series", "frame_of_reference", "accession", "study_date"),
+    *("codec", "rows", "columns", "dtype", "bits_stored", "photometric", "lossy_source"),
+    *("window_center", "window_width", "window_function"),
+    *("spacing_row_mm", "spacing_column_mm", "slice_thickness_mm", "orientation"),
+    *("sop_class", "transfer_syntax", "manufacturer", "body_part", "laterality", "sex", "age_years"),
+    *("kvp", "field_strength_t", "echo_time_ms", "repetition_time_ms", "echo_number"),
+    *("crop_top", "crop_left"),
+)
+_BY_NAME = {c.name: c for c in COLUMNS}
+
+VOLUME_COLUMNS: tuple[Column, ...] = (
+    Column("key", _S, "-", "sample key: keyed pseudonym of its slices, base32, no dots", False),
+    Column("unit", _S, "-", "id of the unit of work that wrote the volume", False),
+    Column("modality", _S, "-", "partition: that of the slices and _volumes", False),
+    *(_BY_NAME[name] for name in _SHARED),
+    Column("shard", _S, "-", "file name of the shard inside shards/<modality>/", False),
+    Column("offsets", pa.list_(_I64), "-", "byte offset of each encoded slice in the shard", False),
+    Column("sizes", pa.list_(_I64), "-", "bytes of each encoded slice", False),
+    Column("slices", _I32, "-", "number of slices", False),
+    Column("slice_keys", pa.list_(_S), "-", "keys of the slices in the 2D partition, in order", False),
+    Column("pixel_digest", _S, "-", "blake2b of the pixel_digest of each slice, in order", False),
+    Column("rescale_slopes", _VEC, "K", "rescale_slope of each slice"),
+    Column("rescale_intercepts", _VEC, "K", "rescale_intercept of each slice"),
+    Column("mean", _F64, "-", "mean of the stored pixels", False),
+    Column("std", _F64, "-", "standard deviation of the stored pixels", False),
+    Column("minimum", _F64, "-", "minimum of the stored pixels", False),
+    Column("maximum", _F64, "-", "maximum of the stored pixels", False),
+    Column("position_mm", _VEC, "K", "centre of the first pixel of the first slice, mm, LPS", False),
+    Column("spacing_slice_mm", _F64, "K", "distance of slices along their normal, mm", False),
+    Column("affine", _VEC, "K", "[3, 4] row by row: (slice, row, column, 1) to mm, LPS", False),
+    # Volume geometry checks as the Imaging Data Commons names them; tolerance 1 % of the slice distance.
+    Column("single_orientation", _B, "K", "all slices of the series have one orientation", False),
+    Column("orthogonal_orientation", _B, "K", "rows and columns at right angles, of unit length", False),
+    Column("unique_slice_positions", _B, "K", "no two slices at one place", False),
+    Column("consistent_in_plane", _B, "K", "slices lie straight above each other (no tilt)", False),
+    Column("consistent_pixel_spacing", _B, "K", "one pixel spacing in the series", False),
+    Column("consistent_image_dimensions", _B, "K", "one size of image in the series", False),
+    Column("uniform_slice_spacing", _B, "K", "equal distances along the normal", False),
+    Column("regularly_spaced_3d_volume", _B, "K", "a grid of right angles and equal steps", False),
+    Column("obliquity_degrees", _F64, "K", "largest angle of an axis to its nearest patient axis"),
+    Column("gantry_tilt_degrees", _F64, "K", "angle of the direction of stacking to the normal"),
 )
 
 COLUMN_NAMES: frozenset[str] = frozenset(c.name for c in COLUMNS)
-_REQUIRED = tuple(c.name for c in COLUMNS if not c.nullable)
 # Where a sample lies is known only once its shard is written: these are in the catalogue, not in the tar.
 LOCATION_COLUMNS: frozenset[str] = frozenset({"shard", "offset", "size"})
+VOLUME_LOCATION_COLUMNS: frozenset[str] = frozenset({"shard", "offsets", "sizes"})
+_VOLUMES = "_volumes"
 
 QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("source", _S, nullable=False),  # keyed pseudonym of the source path
         pa.field("unit", _S, nullable=False),
         pa.field("frame", _I32, nullable=False),  # -1: the whole file
-        pa.field("kind", _S, nullable=False),  # dicom | nifti | raster | other
+        # dicom | nifti | raster | other; volume: a stack, under the source of its first slice
+        pa.field("kind", _S, nullable=False),
         pa.field("modality", _S, nullable=False),  # partition, or "none"
         pa.field("reason", _S, nullable=False),  # a Reason
     ]
@@ -163,6 +216,41 @@ QUARANTINE_SCHEMA = pa.schema(
 def catalog_schema() -> pa.Schema:
     """The Parquet schema of catalog/<modality>/*.parquet."""
     return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in COLUMNS])
+
+
+@lru_cache(maxsize=1)
+def volume_schema() -> pa.Schema:
+    """The Parquet schema of catalog/<modality>_volumes/*.parquet."""
+    return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in VOLUME_COLUMNS])
+
+
+def volumes_of(modality: str) -> str:
+    """The partition of the volumes of a modality. (A configured partition has no underscore.)"""
+    return modality + _VOLUMES
+
+
+def is_volumes(partition: str) -> bool:
+    """Whether a partition holds volumes."""
+    return partition.endswith(_VOLUMES)
+
+
+def schema_of(partition: str) -> pa.Schema:
+    """The catalogue schema of a partition, of 2D samples or of volumes."""
+    return volume_schema() if is_volumes(partition) else catalog_schema()
+
+
+def member_names(row: Row, extension: str) -> list[str]:
+    """Names of the tar members that hold the pixels of a catalogue row, in order."""
+    if "slices" not in row:
+        return [f"{row['key']}.{extension}"]
+    return [f"{row['key']}.{number:04d}.{extension}" for number in range(row["slices"])]
+
+
+def members_of(row: Row) -> list[tuple[int, int]]:
+    """(offset, size) of the encoded images of a catalogue row, in order."""
+    if "slices" not in row:
+        return [(row["offset"], row["size"])]
+    return list(zip(row["offsets"], row["sizes"], strict=True))
 
 
 @lru_cache(maxsize=1)
@@ -190,9 +278,18 @@ def _fits(value: Any, kind: pa.DataType) -> bool:
 
 def check_row(row: Row) -> None:
     """Hold a row to the allow-list. Raises ValueError (our mistake, not the user's)."""
-    unknown = row.keys() - COLUMN_NAMES
+    _hold(row, COLUMNS)
+
+
+def check_volume_row(row: Row) -> None:
+    """As check_row, for the row of a volume."""
+    _hold(row, VOLUME_COLUMNS)
+
+
+def _hold(row: Row, columns: tuple[Column, ...]) -> None:
+    unknown = row.keys() - {c.name for c in columns}
     if unknown:
         raise ValueError(f"columns not on the allow-list: {sorted(unknown)}")
-    missing = [name for name in _REQUIRED if row.get(name) is None]
+    missing = [c.name for c in columns if not c.nullable and row.get(c.name) is None]
     if missing:
         raise ValueError(f"required columns missing: {missing}")

@@ -1,11 +1,12 @@
 """Digest and statistics of pixels as stored: pure functions of one 2D array."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.ids import digest_framed, frame
+from shards.ids import digest, digest_framed, frame
 
 PIXEL_DTYPES = ("uint8", "uint16", "int16")
 
@@ -23,6 +24,11 @@ def pixel_digest(pixels: NDArray) -> str:
     # As digest(dtype, shape, bytes), without a copy of the pixels.
     head = frame(pixels.dtype.name, f"{pixels.shape[0]}x{pixels.shape[1]}") + little.nbytes.to_bytes(8, "big")
     return digest_framed(head, little.data.cast("B"))
+
+
+def stack_digest(digests: Sequence[str]) -> str:
+    """The digest of a volume from pixel_digest of its slices, in order."""
+    return digest("stack", *digests)
 
 
 def pixel_statistics(pixels: NDArray) -> dict[str, float]:

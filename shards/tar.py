@@ -9,6 +9,7 @@ import re
 import tarfile
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -32,8 +33,12 @@ class ShardWriter:
         self._offset = 0
         self._keys: set[str] = set()
 
-    def add(self, key: str, files: dict[str, bytes]) -> dict[str, tuple[int, int]]:
+    def add(
+        self, key: str, files: Mapping[str, bytes] | Iterable[tuple[str, bytes]]
+    ) -> dict[str, tuple[int, int]]:
         """Append one sample: members `<key>.<extension>`, in the order given -> {extension: (offset, size)}.
+
+        files: a mapping, or pairs of which one at a time is in memory.
 
         Raises ValueError for a key that was added before or that WebDataset would cut at a dot.
         """
@@ -43,7 +48,7 @@ class ShardWriter:
             raise ValueError("a sample key was added twice")
         self._keys.add(key)
         places = {}
-        for extension, data in files.items():
+        for extension, data in files.items() if isinstance(files, Mapping) else files:
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(data)  # the other fields keep tarfile's constants: mtime, uid and gid are 0
             padding = -len(data) % BLOCK

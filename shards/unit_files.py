@@ -7,10 +7,11 @@ import dataclasses
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,18 @@ from shards import parquet
 from shards.codec import get_codec
 from shards.dataset import to_json
 from shards.ids import digest
-from shards.schema import LOCATION_COLUMNS, QUARANTINE_SCHEMA, Row, catalog_schema, check_row
+from shards.schema import (
+    LOCATION_COLUMNS,
+    QUARANTINE_SCHEMA,
+    VOLUME_LOCATION_COLUMNS,
+    Row,
+    catalog_schema,
+    check_row,
+    check_volume_row,
+    member_names,
+    schema_of,
+    volume_schema,
+)
 from shards.store import clear_errors, file_sha256, write_all
 from shards.tar import ShardWriter, list_members
 
@@ -34,6 +46,13 @@ class EncodedSample:
 
     row: Row
     data: bytes
+
+
+@dataclass(frozen=True)
+class VolumeSample:
+    """A row of volume_schema() without VOLUME_LOCATION_COLUMNS; its slice_keys are those of samples."""
+
+    row: Row
 
 
 @dataclass(frozen=True)
@@ -112,14 +131,54 @@ def write_shard(folder: Path, modality: str, spooled: list[Spooled]) -> tuple[Co
             places = writer.add(row["key"], members)
             row["offset"], row["size"] = places[extension]
             expected += [(f"{row['key']}.{e}", *place) for e, place in places.items()]
+    return _finished(path, modality, rows, expected)
+
+
+def write_volumes(
+    folder: Path, partition: str, volumes: Sequence[VolumeSample], spooled: Iterable[Spooled]
+) -> tuple[CommittedFile, pa.Table]:
+    """As write_shard, of volumes: members <key>.0000.<extension> ... of the slices, then <key>.json."""
+    spans = {row["key"]: (offset, size) for row, offset, size in spooled}
+    placeholder = [v.row | {"shard": "", "offsets": [], "sizes": []} for v in volumes]
+    for row in placeholder:
+        check_volume_row(row)
+    placeholder.sort(key=lambda row: row["key"])
+    rows = pa.Table.from_pylist(placeholder, volume_schema()).to_pylist()
+    path = folder / f"{partition}.tar"
+    expected = []
+    with open(folder / _SPOOL, "rb") as source, ShardWriter(path) as writer:
+        for row in rows:
+            description = {n: value for n, value in row.items() if n not in VOLUME_LOCATION_COLUMNS}
+            names = member_names(row, get_codec(row["codec"]).extension)
+            places = writer.add(row["key"], _volume_members(source, row, names, spans, to_json(description)))
+            expected += [(f"{row['key']}.{extension}", *place) for extension, place in places.items()]
+            *images, _ = places.values()
+            row["offsets"], row["sizes"] = [o for o, _ in images], [s for _, s in images]
+    return _finished(path, partition, rows, expected)
+
+
+def _volume_members(
+    source: BinaryIO, row: Row, names: list[str], spans: Mapping[str, tuple[int, int]], description: bytes
+) -> Iterator[tuple[str, bytes]]:
+    for key, name in zip(row["slice_keys"], names, strict=True):
+        offset, size = spans[key]
+        source.seek(offset)
+        yield name.partition(".")[2], source.read(size)
+    yield "json", description
+
+
+def _finished(
+    path: Path, partition: str, rows: list[Row], expected: list[tuple[str, int, int]]
+) -> tuple[CommittedFile, pa.Table]:
+    """A closed tar reopened, counted and hashed, and its rows with its name."""
     if list_members(path) != expected:
         raise OSError(f"{path} does not hold what was written to it")
     sha256 = file_sha256(path)
-    name = f"{modality}-{digest('shard', sha256)}.tar"
+    name = f"{partition}-{digest('shard', sha256)}.tar"
     for row in rows:
         row["shard"] = name
-    file = CommittedFile(f"shards/{modality}/{name}", modality, path.stat().st_size, sha256, len(rows))
-    return file, pa.Table.from_pylist(rows, catalog_schema())
+    file = CommittedFile(f"shards/{partition}/{name}", partition, path.stat().st_size, sha256, len(rows))
+    return file, pa.Table.from_pylist(rows, schema_of(partition))
 
 
 def write_catalog(folder: Path, modality: str, table: pa.Table) -> CommittedFile:
@@ -151,12 +210,13 @@ def _write_table(path: Path, table: pa.Table) -> tuple[int, str]:
 
 
 def statistics_of(table: pa.Table) -> dict[str, int]:
-    columns = table.select(["rows", "columns", "dtype", "size", "split"]).to_pylist()
-    pixels = [c["rows"] * c["columns"] for c in columns]
+    sizes, *rest = ("sizes", "slices") if "slices" in table.column_names else ("size",)
+    columns = table.select(["rows", "columns", "dtype", "split", sizes, *rest]).to_pylist()
+    pixels = [c["rows"] * c["columns"] * c.get("slices", 1) for c in columns]
     item_bytes = {"uint8": 1, "uint16": 2, "int16": 2}
     return {
         "samples": len(columns),
         "pixels": sum(pixels),
         "raw_bytes": sum(p * item_bytes[c["dtype"]] for p, c in zip(pixels, columns, strict=True)),
-        "encoded_bytes": sum(c["size"] for c in columns),
+        "encoded_bytes": sum(sum(c[sizes]) if rest else c[sizes] for c in columns),
     } | {split: sum(c["split"] == split for c in columns) for split in ("train", "val", "test")}

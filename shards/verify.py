@@ -18,8 +18,18 @@ from shards.commit import Commit, CommittedFile, committed_units, find_commit, o
 from shards.dataset import read_info
 from shards.objects import open_store
 from shards.retries import input_count, refusal_count
-from shards.schema import LOCATION_COLUMNS, QUARANTINE_SCHEMA, Row, catalog_schema
-from shards.stats import pixel_digest
+from shards.schema import (
+    LOCATION_COLUMNS,
+    QUARANTINE_SCHEMA,
+    VOLUME_LOCATION_COLUMNS,
+    Row,
+    catalog_schema,
+    is_volumes,
+    member_names,
+    members_of,
+    schema_of,
+)
+from shards.stats import pixel_digest, stack_digest
 from shards.store import Store
 from shards.tar import scan_members
 
@@ -50,6 +60,7 @@ class Report:
     size: int  # bytes of all committed files
     orphans: tuple[str, ...]
     deep: bool
+    volumes: int = 0  # samples: without these
 
     @property
     def clean(self) -> bool:
@@ -72,7 +83,8 @@ def verify(root: str | Path | Store, deep: bool = False, workers: int = 2) -> Re
     return Report(
         problems=tuple(problems),
         units=len(commits),
-        samples=sum(c.counts["samples"] for c in commits),
+        samples=sum(f.samples for c in commits for f in c.images),
+        volumes=sum(f.samples for c in commits for f in c.catalogs if is_volumes(f.modality)),
         quarantined=refusal_count(commits),
         inputs=input_count(commits),
         size=sum(f.size for c in commits for f in c.files()),
@@ -102,7 +114,7 @@ def _unit(store: Store, commit: Commit, deep: bool) -> tuple[list[Problem], pa.T
     for shard, catalog in zip(commit.shards, commit.catalogs, strict=False):
         if catalog.path in broken:
             continue
-        table = _table(store, catalog, catalog_schema(), problems)
+        table = _table(store, catalog, schema_of(catalog.modality), problems)
         if table is None:
             continue
         tables.append(table.select(_SPLIT_SCHEMA.names))
@@ -169,14 +181,20 @@ def _shard(store: Store, shard: CommittedFile, table: pa.Table) -> list[Problem]
     problems = []
     places = {name: (offset, size) for name, offset, size in members}
     descriptions = sum(name.endswith(".json") for name in places)
-    if descriptions != shard.samples or len(members) != 2 * shard.samples:
-        detail = f"{len(members)} members, committed {shard.samples} samples of 2"
+    wanted = ("key", "codec", "shard", "modality", "offset", "size", "slices", "offsets", "sizes")
+    rows = table.select([name for name in wanted if name in table.column_names]).to_pylist()
+    images = sum(row.get("slices", 1) for row in rows)
+    if descriptions != shard.samples or len(members) != images + shard.samples:
+        detail = f"{len(members)} members, committed {shard.samples} samples of {images} images"
         problems.append(Problem("tar_count_differs", shard.path, detail))
-    columns = ["key", "codec", "shard", "modality", "offset", "size"]
-    for row in table.select(columns).to_pylist():
-        place = places.get(f"{row['key']}.{get_codec(row['codec']).extension}")
-        same = place == (row["offset"], row["size"]) and f"{row['key']}.json" in places
-        if not same or (row["modality"], row["shard"]) != (shard.modality, shard.name):
+    for row in rows:
+        names = member_names(row, get_codec(row["codec"]).extension)
+        same = f"{row['key']}.json" in places and row.get("slices", 1) == len(row.get("sizes", [1]))
+        if (
+            not same
+            or [places.get(n) for n in names] != members_of(row)
+            or (row["modality"], row["shard"]) != (shard.modality, shard.name)
+        ):
             problems.append(Problem("index_differs", shard.path, f"sample {row['key']}"))
     return problems
 
@@ -192,21 +210,33 @@ def _contents(store: Store, shard: CommittedFile, table: pa.Table) -> list[Probl
         name = f"{row['key']}.json"
         if name in places and not _same_row(store.read(shard.path, *places[name]), row):
             problems.append(Problem("row_differs", shard.path, f"sample {row['key']}"))
-        data = store.read(shard.path, row["offset"], row["size"])
-        try:
-            pixels = get_codec(row["codec"]).decode(data)
-        except ValueError:
-            problems.append(Problem("decode_failed", shard.path, f"sample {row['key']}"))
-            continue
-        stored = (row["rows"], row["columns"], row["dtype"], row["pixel_digest"])
-        if (*pixels.shape, pixels.dtype.name, pixel_digest(pixels)) != stored:
-            problems.append(Problem("pixels_differ", shard.path, f"sample {row['key']}"))
+        code = _images(store, shard, row)
+        if code:
+            problems.append(Problem(code, shard.path, f"sample {row['key']}"))
     return problems
 
 
+def _images(store: Store, shard: CommittedFile, row: Row) -> str:
+    """The code of what is wrong with the encoded images of a row; "" where nothing is."""
+    digests = []
+    if len(row.get("sizes", [])) != row.get("slices", 0):
+        return ""  # reported by _shard
+    for offset, size in members_of(row):
+        try:
+            pixels = get_codec(row["codec"]).decode(store.read(shard.path, offset, size))
+        except ValueError:
+            return "decode_failed"
+        if (*pixels.shape, pixels.dtype.name) != (row["rows"], row["columns"], row["dtype"]):
+            return "pixels_differ"
+        digests.append(pixel_digest(pixels))
+    found = stack_digest(digests) if "slices" in row else digests[0]
+    return "" if found == row["pixel_digest"] else "pixels_differ"
+
+
 def _same_row(data: bytes, row: Row) -> bool:
+    hidden = VOLUME_LOCATION_COLUMNS if "slices" in row else LOCATION_COLUMNS
     try:
-        return json.loads(data) == {name: v for name, v in row.items() if name not in LOCATION_COLUMNS}
+        return json.loads(data) == {name: v for name, v in row.items() if name not in hidden}
     except ValueError:
         return False
 

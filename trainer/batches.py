@@ -23,6 +23,7 @@ from shards.errors import UserError
 from shards.ids import digest
 from shards.objects import open_store
 from shards.order import sample_at
+from shards.schema import is_volumes
 from shards.tar import ShardReader
 from trainer.augment import crops, views
 from trainer.augment.bands import BandStatistics, Pyramid, fit_statistics
@@ -183,6 +184,10 @@ class Modality:
 
 def open_modality(data: DataConfig, name: str) -> Modality:
     """The rows of a modality in the configured split. Raises UserError when there is none."""
+    if is_volumes(name):
+        raise UserError(
+            f"{name} holds volumes, training takes 2D images: set data.modalities to their slices"
+        )
     split = None if data.split == "all" else data.split
     modality = Modality(name, catalog.load(data.dataset, name, [*_LOCATION, *_INTENSITY], split))
     if not len(modality):

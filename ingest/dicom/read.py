@@ -12,6 +12,7 @@ from ingest.dicom import header
 from ingest.dicom.admit import Admitted, admit
 from ingest.dicom.geometry import frame_geometry, group_item, is_enhanced, ultrasound_region
 from ingest.dicom.pixels import Stored, Values, has_modality_lut, read_frame
+from ingest.dicom.stack import stack_of
 from ingest.dicom.syntaxes import LOSSY, Pixels, describe
 from ingest.dicom.window import window
 from ingest.frames import Frame, Item, Refusal, Refused
@@ -83,9 +84,11 @@ def _frame(source: _Source, index: int, texts: dict[str, str], identifiers: dict
         pixels, geometry = limited(pixels, geometry, rules.xr_max_side)
     check_pixels(pixels, rules.min_side)
     columns = geometry | window(dataset, index, facts.code, stored, values) | _acquisition(dataset, index)
-    return Frame(
-        index, facts.modality, pixels, columns | _source_columns(source, stored, values), identifiers, texts
-    )
+    columns |= _source_columns(source, stored, values)
+    # A reduced X-ray no longer has the pixels that its position is of.
+    wanted = "volumes" in rules.outputs and facts.modality != "xr" and bool(identifiers["series"])
+    stack = stack_of(dataset, index, facts.frames) if wanted else None
+    return Frame(index, facts.modality, pixels, columns, identifiers, texts, stack)
 
 
 def _source_columns(source: _Source, stored: Stored, values: Values) -> Row:

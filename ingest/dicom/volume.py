@@ -22,7 +22,7 @@ class Slice:
     """What the header says of one slice; mm, LPS. ref: whatever the caller knows the slice by.
 
     orientation: 6 direction cosines, along a row and down a column. spacing: distance of rows, of columns.
-    phase: what separates stacks of one series at the same places: echo, time point, and the like.
+    phase, passes: as in ingest.frames.Stack; all slices have equally many passes.
     """
 
     ref: int
@@ -34,7 +34,7 @@ class Slice:
     rows: int
     columns: int
     phase: tuple[Hashable, ...] = ()
-    acquisition: int | None = None
+    passes: tuple[Hashable, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,39 +90,40 @@ def _of_series(series: list[Slice]) -> list[Volume]:
         len(set(spacings)) == 1 and spacings[0] >= 0,
         len({(s.rows, s.columns) for s in series}) == 1,
     )
-    return [
-        _measured(stack, *flags) for _, group in sorted(groups.items()) for stack in _by_acquisition(group)
-    ]
+    return [_measured(stack, *flags) for _, group in sorted(groups.items()) for stack in _by_pass(group)]
 
 
 def _clusters(vectors: Sequence[tuple[float, ...] | None], tolerance: float, relative: bool) -> list[int]:
     """The number of the cluster of each vector, numbered by value; -1 for None."""
-    centres: list[NDArray[np.float64]] = []
-    found = {}
-    for vector in sorted({v for v in vectors if v is not None}):
-        array = np.array(vector, np.float64)
-        for number, centre in enumerate(centres):
-            if np.abs(array - centre).max() <= tolerance * (np.abs(centre).max() if relative else 1.0):
-                found[vector] = number
-                break
-        else:
-            found[vector] = len(centres)
-            centres.append(array)
+    known = sorted({v for v in vectors if v is not None})
+    centres = np.empty((len(known), len(known[0]) if known else 0))
+    count, found = 0, {}
+    for vector in known:
+        distances = np.abs(centres[:count] - vector).max(axis=1)
+        limits = tolerance * (np.abs(centres[:count]).max(axis=1) if relative else np.ones(count))
+        near = np.flatnonzero(distances <= limits)
+        if not near.size:
+            centres[count], count = vector, count + 1
+        found[vector] = int(near[0]) if near.size else count - 1
     return [-1 if v is None else found[v] for v in vectors]
 
 
-def _by_acquisition(group: list[Slice]) -> list[list[Slice]]:
-    """Apart by AcquisitionNumber where that alone tells slices at the same places apart.
+def _by_pass(group: list[Slice]) -> list[list[Slice]]:
+    """Apart by the first of `passes` that alone tells slices at the same places apart, where any are.
 
-    Not always: a scanner that stops between slices numbers each as an acquisition of its own.
+    Not by what merely differs: a scanner that stops between slices numbers each as an acquisition of its own.
     """
-    numbers = sorted({-1 if s.acquisition is None else s.acquisition for s in group})
-    if len(numbers) < 2 or None in {s.position for s in group}:
+    places = {s.position for s in group}
+    if None in places or len(places) == len(group):
         return [group]
-    parts = [[s for s in group if (-1 if s.acquisition is None else s.acquisition) == n] for n in numbers]
-    repeated = len({s.position for s in group}) < len(group)
-    sound = all(len({s.position for s in part}) == len(part) > 1 for part in parts)
-    return parts if repeated and sound else [group]
+    for number in range(min(len(s.passes) for s in group)):
+        parts: dict[Hashable, list[Slice]] = defaultdict(list)
+        for one in group:
+            parts[one.passes[number]].append(one)
+        sound = all(len({s.position for s in part}) == len(part) > 1 for part in parts.values())
+        if len(parts) > 1 and sound:
+            return [part for _, part in sorted(parts.items(), key=lambda pair: str(pair[0]))]
+    return [group]
 
 
 def normal_of(orientation: Sequence[float]) -> NDArray[np.float64]:

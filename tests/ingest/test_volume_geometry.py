@@ -145,9 +145,9 @@ def test_slices_of_other_orientation_size_spacing_or_echo_are_other_volumes():
 
 
 def test_repeated_acquisitions_are_volumes_of_their_own_and_step_and_shoot_is_one():
-    twice = stack(acquisition=1) + stack(acquisition=2)
+    twice = stack(passes=("x", 1)) + stack(passes=("x", 2))
     assert [len(v.slices) for v in volumes(twice)] == [8, 8]
-    each = [s for n in range(4) for s in stack(distances=[n], acquisition=n)]
+    each = [s for n in range(4) for s in stack(distances=[n], passes=(n,))]
     (one,) = volumes(each)
     assert agrees(one)
 
