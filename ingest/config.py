@@ -226,7 +226,8 @@ def load_config(settings: dict[str, Any] | str | Path) -> IngestConfig:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]) or "configuration"
-        raise UserError(f"ingest setting {name}: {first['msg'].lower()}") from None
+        message = first["msg"].lower().removeprefix("value error, ")
+        raise UserError(f"ingest setting {name}: {message}") from None
 
 
 def partition_of(name: str, modalities: dict[str, str]) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from orchestration.ingest_page_data import Histogram, ModalityPage, PageData, gather
+from orchestration.ingest_page_data import Histogram, ModalityPage, PageData, VolumesPage, gather
 from orchestration.report_data import REASON_TEXT, modality_name
 from orchestration.report_figures import picture
 from orchestration.report_style import CSS
@@ -60,13 +60,17 @@ def to_json(data: PageData) -> str:
         for m in data.modalities
     }
     facts = {"codec": data.codec, "key_id": data.key_id, "inputs": data.inputs}
-    return json.dumps(facts | {"modalities": modalities, "quarantined": data.refusals}, indent=1)
+    volumes = {v.partition: dataclasses.asdict(v) for v in data.volumes}
+    found = {"modalities": modalities, "volumes": volumes, "quarantined": data.refusals}
+    return json.dumps(facts | found, indent=1)
 
 
 def render(data: PageData) -> str:
     """A complete HTML document."""
     images = sum(sum(m.splits.values()) for m in data.modalities)
     facts = {"Files": data.inputs, "Images": images, "Refused": sum(data.refusals.values())}
+    if data.volumes:
+        facts["Volumes"] = sum(sum(v.splits.values()) for v in data.volumes)
     boxes = "".join(f"<div><dt>{k}</dt><dd>{v:,}</dd></div>" for k, v in facts.items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -75,6 +79,7 @@ def render(data: PageData) -> str:
         f'<h1>Ingested dataset</h1><p class="notice">{escape(WARNING)}</p><dl class="facts">{boxes}</dl>'
         f'<p class="caption">Codec {escape(data.codec)}, key id {escape(data.key_id)}</p>'
         f"{_images(data)}{_refusals(data)}{''.join(_modality(m, i) for i, m in enumerate(data.modalities))}"
+        f"{''.join(map(_volumes, data.volumes))}"
         "<footer>This file is complete: it loads nothing.</footer></main></body></html>\n"
     )
 
@@ -90,6 +95,16 @@ def _images(data: PageData) -> str:
     )
     head = "".join(f'<th class="n">{escape(s)}</th>' for s in (*data.modalities[0].splits, "all"))
     return f"<section><h2>Images by split</h2><table><tr><th></th>{head}</tr>{rows}</table></section>"
+
+
+def _volumes(page: VolumesPage) -> str:
+    name = modality_name(page.partition.removesuffix("_volumes"))
+    charts = "".join(_chart(h, "m0") for h in page.histograms)
+    count = sum(page.splits.values())
+    return (
+        f"<section><h2>Volumes: {escape(name)}</h2><p>{count} volumes, {page.regular} regularly spaced "
+        f'(right angles, equal steps).</p><div class="uses">{charts}</div></section>'
+    )
 
 
 def _refusals(data: PageData) -> str:

@@ -32,6 +32,12 @@ _MEASURES = {
     "spacing_row_mm": "Distance of rows, mm",
     "spacing_column_mm": "Distance of columns, mm",
 }
+_STACKS = {
+    "slices": "Slices",
+    "spacing_slice_mm": "Distance of slices, mm",
+    "obliquity_degrees": "Obliquity, degrees",
+    "gantry_tilt_degrees": "Gantry tilt, degrees",
+}
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,23 @@ class ModalityPage:
 
 
 @dataclass(frozen=True)
+class VolumesPage:
+    """The volumes of one modality. regular: how many are a grid of right angles and equal steps."""
+
+    partition: str
+    splits: dict[str, int]
+    regular: int
+    histograms: tuple[Histogram, ...]
+
+
+@dataclass(frozen=True)
 class PageData:
     codec: str
     key_id: str
     inputs: int
     modalities: tuple[ModalityPage, ...]
     refusals: dict[str, int]  # by shards.schema.Reason, most first
+    volumes: tuple[VolumesPage, ...] = ()
 
 
 def gather(dataset: str | Path, pictures: bool = True) -> PageData:
@@ -75,7 +92,15 @@ def gather(dataset: str | Path, pictures: bool = True) -> PageData:
         input_count(list_commits(store)),
         tuple(_modality(dataset, m, splits, pictures) for m, splits in found),
         value_counts(catalog.quarantine(store)["reason"]),
+        tuple(_volumes(dataset, p, splits) for p, splits in catalog.counts(store, volumes=True).items()),
     )
+
+
+def _volumes(dataset: str | Path, partition: str, splits: dict[str, int]) -> VolumesPage:
+    table = catalog.load(dataset, partition, [*_STACKS, "regularly_spaced_3d_volume"])
+    regular = pc.sum(table["regularly_spaced_3d_volume"]).as_py() or 0
+    charts = tuple(histogram(title, table[name]) for name, title in _STACKS.items())
+    return VolumesPage(partition, splits, regular, charts)
 
 
 def _modality(dataset: str | Path, modality: str, splits: dict[str, int], pictures: bool) -> ModalityPage:

@@ -48,6 +48,9 @@ def open_or_create(store: Store, info: DatasetInfo) -> DatasetInfo:
     return found
 
 
+_FOLLOWING = ("columns", "volume_columns")  # from the other settings and the version
+
+
 def compare(found: DatasetInfo, wanted: DatasetInfo) -> list[str]:
     """What differs, as "setting was A, now B"; empty where the two may share a folder."""
     same = all(
@@ -68,7 +71,8 @@ def compare(found: DatasetInfo, wanted: DatasetInfo) -> list[str]:
 def _settings(info: DatasetInfo) -> dict[str, Any]:
     flat = {"format_version": info.format_version, "codec": info.codec, "key (its id)": info.key_id}
     for name, block in (("", info.config), ("deidentification.", info.deidentification)):
-        for key, value in _flatten(json.loads(to_json(block))).items():
+        plain = {key: value for key, value in json.loads(to_json(block)).items() if key not in _FOLLOWING}
+        for key, value in _flatten(plain).items():
             flat.setdefault(name + key, value)
     return flat
 

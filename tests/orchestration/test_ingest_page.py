@@ -13,6 +13,7 @@ from shards.dataset import open_or_create
 from shards.errors import UserError
 from shards.store import Store
 from tests.ingest.files import grey, ingest, write
+from tests.ingest.test_volumes import series
 from tests.shards import make
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -53,6 +54,16 @@ def test_the_page_has_the_counts_of_status_and_no_identity(dataset, tmp_path):
     again = tmp_path / "again.html"
     report(dataset, again, as_json=False)
     assert again.read_text() == text
+
+
+def test_the_page_shows_volumes_and_how_regular_they_are(tmp_path):
+    series(tmp_path / "s", [0.0, 2.0, 4.0])
+    ingest(tmp_path / "s", tmp_path / "out", outputs=("slices", "volumes"))
+    page = tmp_path / "page.html"
+    found = json.loads(report(tmp_path / "out", page, as_json=True))["volumes"]["ct_volumes"]
+    assert sum(found["splits"].values()) == found["regular"] == 1
+    assert "1 volumes, 1 regularly spaced" in page.read_text()
+    assert "Distance of slices, mm" in page.read_text()
 
 
 def test_an_empty_dataset_has_a_page(tmp_path):

@@ -17,7 +17,7 @@ from ingest.discover import inventory
 from ingest.estimate import estimate
 from ingest.labels import join_labels
 from shards import catalog
-from tests.ingest.files import NAMES, config, grey, tree, units, write
+from tests.ingest.files import NAMES, config, grey, ingest, tree, units, write
 
 CANARY = "KANARIENVOGEL"
 # Every VR that holds text or free bytes, in elements that carry identity in hospitals.
@@ -123,7 +123,7 @@ def test_no_canary_reaches_the_dataset_the_logs_or_the_output(
 ):
     caplog.set_level(logging.DEBUG)
     out = tmp_path / "out"
-    settings = config(source, out, sandbox=sandbox)
+    settings = config(source, out, sandbox=sandbox, outputs=("slices", "volumes"))
     capfd.readouterr()
     recwarn.clear()
     caplog.clear()
@@ -136,7 +136,9 @@ def test_no_canary_reaches_the_dataset_the_logs_or_the_output(
     for name, content in tree(out).items():
         assert not found_in(content), f"{name.partition('/')[0]} holds identity"
         assert not found_in(name.encode())
-    for table in (catalog.load(out), catalog.quarantine(out), catalog.labels(out, "labels")):
+    tables = (catalog.load(out), catalog.load(out, "mr_volumes"), catalog.quarantine(out))
+    assert tables[1].num_rows == 1
+    for table in (*tables, catalog.labels(out, "labels")):
         assert not found_in(str(table.to_pylist()).encode())  # Parquet pages are compressed on disk
     streams = capfd.readouterr()
     assert not found_in((streams.out + streams.err).encode())
@@ -144,6 +146,26 @@ def test_no_canary_reaches_the_dataset_the_logs_or_the_output(
     assert not found_in(" ".join(str(w.message) for w in recwarn).encode())
     assert not found_in(str([vars(r) for r in results]).encode())
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_what_tells_stacks_apart_never_leaves_the_header(tmp_path):
+    """Image type, kernel and times are read to build volumes, and only compared."""
+    for n in range(6):
+        place = {"ImagePositionPatient": [0, 0, n % 3], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+        names = {"ConvolutionKernel": f"{CANARY} {n // 3}", "EchoNumbers": "424242"}
+        given = place | names | {"PixelSpacing": [1, 1], "RescaleSlope": 1, "RescaleIntercept": 0}
+        planted(
+            tmp_path / "s" / f"s{n}",
+            "CT",
+            pixels=grey(seed=n),
+            SeriesInstanceUID="1.2.826.424242424242.9",
+            **given,
+        )
+    ingest(tmp_path / "s", tmp_path / "out", outputs=("slices", "volumes"))
+    table = catalog.load(tmp_path / "out", "ct_volumes")
+    assert table["slices"].to_pylist() == [3, 3]  # the kernels were really told apart
+    assert not found_in(str(table.to_pylist()).encode())
+    assert not [name for name, content in tree(tmp_path / "out").items() if found_in(content)]
 
 
 def test_the_search_for_canaries_would_find_them():
