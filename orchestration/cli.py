@@ -197,7 +197,9 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="ingest, plan, files, decoders, augment, read, feed or step.")],
+    name: Annotated[
+        str, typer.Argument(help="ingest, plan, files, list, decoders, augment, read, feed or step.")
+    ],
     seconds: Annotated[float, typer.Option(help="Measuring time; set-up comes on top.")] = 60.0,
     rows: Annotated[float | None, typer.Option(help="plan: rows of the inventory; default 105e6.")] = None,
     files: Annotated[
@@ -206,15 +208,28 @@ def bench(
     convert_up_to: Annotated[
         float | None, typer.Option(help="files: larger numbers are scanned and planned only; default 1e5.")
     ] = None,
+    commits: Annotated[float | None, typer.Option(help="list: number of commits; default 2e4.")] = None,
+    place: Annotated[
+        str | None, typer.Option(help="list: s3://BUCKET/PREFIX to write to; default a local folder.")
+    ] = None,
 ) -> None:
     """Measure this machine: one JSON object per figure, with the baseline measured in the same run."""
     from orchestration.bench import run
 
-    given = {"rows": rows, "files": files or None, "convert_up_to": convert_up_to}
+    given = {
+        "rows": rows,
+        "files": files or None,
+        "convert_up_to": convert_up_to,
+        "commits": commits,
+        "place": place,
+    }
     options = {option: value for option, value in given.items() if value is not None}
-    own = {"plan": {"rows"}, "files": {"files", "convert_up_to"}}.get(name, set())
-    if options.keys() - own:
-        raise UserError("--rows is an option of bench plan, --files and --convert-up-to of bench files")
+    own = {"plan": {"rows"}, "files": {"files", "convert_up_to"}, "list": {"commits", "place"}}
+    if options.keys() - own.get(name, set()):
+        raise UserError(
+            "--rows is an option of bench plan, --files and --convert-up-to of bench files, "
+            "--commits and --place of bench list"
+        )
     run(name, seconds, options=options)
 
 

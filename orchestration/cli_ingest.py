@@ -297,6 +297,17 @@ def repair(
 
 
 @app.command()
+def snapshot(dataset: Dataset, as_json: AsJson = False) -> None:
+    """Copy all commit records into one file, which makes a dataset of many units quick to open.
+
+    Example: ingest snapshot s3://BUCKET/PREFIX
+    """
+    from orchestration.ingest_report import snapshot_report
+
+    typer.echo(snapshot_report(dataset, as_json))
+
+
+@app.command()
 def label(
     dataset: Dataset,
     csv: Annotated[Path, typer.Argument(metavar="CSV", help="Labels by file, UID or patient.")],

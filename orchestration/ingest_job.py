@@ -166,6 +166,7 @@ def plan_job(
     from shards import dataset
     from shards.ids import Pseudonymizer
     from shards.objects import open_store
+    from shards.snapshot import drop_stale
 
     check_output(config)
     for label in config.labels:
@@ -178,6 +179,7 @@ def plan_job(
         names = Pseudonymizer(keys.read(config.key_file, config.output), config.site)
         if store.exists(dataset.NAME):
             dataset.open_or_create(store, dataset_info(config, names))  # refused before the sources are read
+            drop_stale(store)
     else:
         names = Pseudonymizer(os.urandom(32), config.site)
     folder = folder or Path(tempfile.mkdtemp(prefix="plan-", dir=process_folder()))

@@ -111,6 +111,24 @@ def verify_report(dataset: Path, deep: bool, as_json: bool) -> tuple[bool, str]:
     return report.clean, "\n".join(lines)
 
 
+def snapshot_report(dataset: Path, as_json: bool) -> str:
+    """Take a snapshot of the commits; what it covers. Raises UserError."""
+    from shards.dataset import read_info
+    from shards.objects import open_store
+    from shards.snapshot import take
+
+    store = open_store(dataset)
+    read_info(store)
+    taken = take(store)
+    if as_json:
+        return json.dumps(dataclasses.asdict(taken), indent=1)
+    if not taken.name:
+        return "nothing is committed yet: no snapshot was written"
+    said = "wrote" if taken.created else "there was already"
+    replaced = f"; {len(taken.removed)} before it removed" if taken.removed else ""
+    return f"{said} {taken.name}: {taken.units} commits, {_megabytes(taken.size)}{replaced}"
+
+
 def _classes(table: Any) -> list[str]:
     """Every class that a table of labels gives, once for each image or box."""
     if "label" in table.column_names:

@@ -84,12 +84,19 @@ def run_repair(
     from shards.commit import sweep
     from shards.ids import Pseudonymizer
     from shards.objects import open_store
+    from shards.records import record_name, record_unit
+    from shards.snapshot import restore_records
 
     store = open_store(config.output)
     dataset.read_info(store)
     names = Pseudonymizer(keys.read(config.key_file, config.output), config.site)
     dataset.open_or_create(store, dataset_info(config, names))
     summary, found = _look(store, stream)
+    restored = restore_records(store, [record_unit(name) for name in summary.damaged_records])
+    if restored:  # now the files they name can be looked at
+        summary, found = _look(store, stream)
+        summary.repaired = [record_name(unit) for unit in restored]
+        summary.broken += summary.repaired
     if found:
         by_unit = {broken.commit.unit: broken for broken in found}
         with tempfile.TemporaryDirectory(prefix="repair-", dir=process_folder()) as folder:

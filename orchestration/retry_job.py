@@ -37,6 +37,7 @@ def plan_retry(
     from shards import dataset
     from shards.ids import Pseudonymizer
     from shards.objects import open_store
+    from shards.snapshot import drop_stale
 
     assert folder is not None
     check_output(config)
@@ -44,6 +45,7 @@ def plan_retry(
     dataset.read_info(store)
     names = Pseudonymizer(keys.read(config.key_file, config.output), config.site)
     dataset.open_or_create(store, dataset_info(config, names))
+    drop_stale(store)
     inventory = take_inventory(config, names, folder, stream, workers)
     units, absent = retry_units(store, inventory, reasons)
     said = "ingest: nothing to try again: see `ingest quarantine ls`, and --reason for other reasons"

@@ -2,7 +2,8 @@
 
 1. Write a tar and a Parquet file a modality to local scratch, close, reopen, count, hash.
 2. Put them under final names that are digests of their content: a retry rewrites the same bytes.
-3. Create commits/<unit>.json if absent: the only truth, readers look at nothing else.
+3. Create commits/<unit>.json if absent: the only truth. Readers list it, and read it or its copy in a
+   snapshot (shards.records).
 
 So a kill at any point leaves either no commit (and orphans, which the sweep removes) or all of it, and of two
 writers of a unit one commits and both return that commit. The sync order makes this hold over a power cut
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from shards import parquet
 from shards.dataset import to_json
+from shards.errors import UserError
+from shards.records import all_records, record_name, unit_ids
 from shards.schema import FORMAT_VERSION, is_volumes
 from shards.store import TEMPORARY_PREFIX, Store, clear_errors
 from shards.unit_files import (
@@ -52,7 +55,7 @@ _OURS = re.compile(
     r"|quarantine/[A-Za-z0-9-]{1,100}-[a-z2-7]{26}\.parquet"
 )
 _OUR_TEMPORARY = re.compile(
-    r"((shards|catalog)/[a-z0-9_]{1,32}/|(quarantine|commits|plans|labels)/)?"
+    r"((shards|catalog)/[a-z0-9_]{1,32}/|(quarantine|commits|plans|labels|snapshots|exclusions)/)?"
     + re.escape(TEMPORARY_PREFIX)
     + r"[0-9a-f]{16}-[^/]+"
 )
@@ -131,7 +134,7 @@ def commit_unit(
             if store.put(file.path, path) != file.sha256:
                 raise OSError(f"{path} changed while it was copied")
     # The loser of a race has put the same content-addressed files, or orphans: harmless either way.
-    if store.create(_commit_name(unit), _record(commit)):
+    if store.create(record_name(unit), _record(commit)):
         return commit
     return _read_commit(store, unit)
 
@@ -174,10 +177,6 @@ def _write_local(
     return Commit(unit, tuple(shards), tuple(catalogs), refused, counts, statistics), local
 
 
-def _commit_name(unit: str) -> str:
-    return f"commits/{unit}.json"
-
-
 def _record(commit: Commit) -> bytes:
     values = dataclasses.asdict(commit)
     if commit.retry is None:
@@ -186,9 +185,21 @@ def _record(commit: Commit) -> bytes:
 
 
 def _read_commit(store: Store, unit: str) -> Commit:
-    """Raises FileNotFoundError where there is none, ValueError where it is damaged."""
-    values = json.loads(store.read(_commit_name(unit)))
+    """Raises FileNotFoundError where there is none, DamagedRecordError."""
+    return parse_record(unit, store.read(record_name(unit)))
+
+
+class DamagedRecordError(UserError, ValueError):
+    """A commit record that cannot be read."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__(f"{record_name(unit)} is damaged: run ingest verify, then ingest repair")
+
+
+def parse_record(unit: str, data: bytes) -> Commit:
+    """The commit of a unit from the bytes of its record. Raises DamagedRecordError."""
     try:
+        values = json.loads(data)
         values["shards"] = tuple(CommittedFile(**v) for v in values["shards"])
         values["catalogs"] = tuple(CommittedFile(**v) for v in values["catalogs"])
         if values["quarantine"] is not None:
@@ -196,16 +207,17 @@ def _read_commit(store: Store, unit: str) -> Commit:
         if (retry := values.get("retry")) is not None:
             values["retry"] = Retry(**retry | {"sources": tuple(retry["sources"])})
         commit = Commit(**values)
-    except (KeyError, TypeError) as error:
-        raise ValueError("a damaged commit record") from error
-    if commit.unit != unit or not {"samples", "quarantined", "inputs"} <= commit.counts.keys():
-        raise ValueError("a commit record under a wrong name, or without its counts")
+        whole = commit.unit == unit and {"samples", "quarantined", "inputs"} <= commit.counts.keys()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedRecordError(unit) from error
+    if not whole:
+        raise DamagedRecordError(unit)
     return commit
 
 
 def find_commit(store: Store, unit: str) -> Commit | None:
     """The commit of a unit, or None."""
-    return _read_commit(store, unit) if store.exists(_commit_name(unit)) else None
+    return _read_commit(store, unit) if store.exists(record_name(unit)) else None
 
 
 def release_unit(store: Store, unit: str) -> bool:
@@ -215,7 +227,7 @@ def release_unit(store: Store, unit: str) -> bool:
     """
     counts = {"samples": 0, "quarantined": 0, "inputs": 0}
     empty = Commit(unit, (), (), None, counts)
-    return store.create(_commit_name(unit), _record(empty)) or is_release(_read_commit(store, unit))
+    return store.create(record_name(unit), _record(empty)) or is_release(_read_commit(store, unit))
 
 
 def is_release(commit: Commit) -> bool:
@@ -224,14 +236,13 @@ def is_release(commit: Commit) -> bool:
 
 
 def list_commits(store: Store) -> list[Commit]:
-    """All commits, sorted by unit id. Raises ValueError where a record is damaged (see verify)."""
-    return [_read_commit(store, unit) for unit in sorted(committed_units(store))]
+    """All commits, sorted by unit id. Raises DamagedRecordError, a UserError (see verify)."""
+    return [parse_record(unit, data) for unit, data in all_records(store)]
 
 
 def committed_units(store: Store) -> set[str]:
     """Ids of all committed units."""
-    names = (name.rpartition("/")[2] for name in store.list("commits"))
-    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return unit_ids(store)
 
 
 def committed_sources(store: Store) -> set[str]:

@@ -7,6 +7,7 @@ deep: also sha256 of every file, the rows inside the tars, and every image decod
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,9 +15,10 @@ import pyarrow.compute as pc
 
 from shards import parquet
 from shards.codec import get_codec
-from shards.commit import Commit, CommittedFile, committed_units, find_commit, orphans
+from shards.commit import Commit, CommittedFile, committed_units, orphans, parse_record
 from shards.dataset import read_info
 from shards.objects import open_store
+from shards.records import open_snapshot, record_name, records_of, snapshot_names
 from shards.retries import input_count, refusal_count
 from shards.schema import (
     LOCATION_COLUMNS,
@@ -71,9 +73,10 @@ def verify(root: str | Path | Store, deep: bool = False, workers: int = 2) -> Re
     """Check every committed unit. Raises UserError where root is no dataset."""
     store = root if isinstance(root, Store) else open_store(root)
     read_info(store)
-    commits, problems = _commits(store)
+    commits, problems, records = _commits(store)
+    problems += _snapshots(store, records)
     # A record that cannot be read may name any file: then nothing is known to be an orphan.
-    unclaimed = () if problems else tuple(orphans(store))
+    unclaimed = () if len(commits) < len(records) else tuple(orphans(store))
     tables = []
     with ThreadPoolExecutor(workers) as pool:
         for found, table in pool.map(lambda commit: _unit(store, commit, deep), commits):
@@ -93,17 +96,35 @@ def verify(root: str | Path | Store, deep: bool = False, workers: int = 2) -> Re
     )
 
 
-def _commits(store: Store) -> tuple[list[Commit], list[Problem]]:
-    commits, problems = [], []
+def _commits(store: Store) -> tuple[list[Commit], list[Problem], dict[str, bytes]]:
+    """The commits, read one by one and from no snapshot; faults; the sha256 of every record by unit."""
+    commits, problems, records = [], [], {}
     for unit in sorted(committed_units(store)):
         try:
-            commit = find_commit(store, unit)
+            data = store.read(record_name(unit))
+        except FileNotFoundError:
+            continue
+        records[unit] = sha256(data).digest()
+        try:
+            commits.append(parse_record(unit, data))
         except ValueError:
-            problems.append(Problem("commit_damaged", f"commits/{unit}.json"))
-        else:
-            if commit is not None:
-                commits.append(commit)
-    return commits, problems
+            problems.append(Problem("commit_damaged", record_name(unit)))
+    return commits, problems, records
+
+
+def _snapshots(store: Store, records: dict[str, bytes]) -> list[Problem]:
+    """Snapshots that are damaged, which no reader uses, or hold other bytes than the records do."""
+    problems = []
+    for name in snapshot_names(store):
+        file = open_snapshot(store, name)
+        if file is None:
+            problems.append(Problem("snapshot_damaged", name, "readers do without it: run ingest snapshot"))
+            continue
+        different = sum(records.get(unit) != sha256(data).digest() for unit, data in records_of(file))
+        if different:
+            detail = f"{different} records are not those of commits/: ingest repair, or remove this file"
+            problems.append(Problem("snapshot_differs", name, detail))
+    return problems
 
 
 def _unit(store: Store, commit: Commit, deep: bool) -> tuple[list[Problem], pa.Table]:
