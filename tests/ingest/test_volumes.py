@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import webdataset
 from pydicom.dataset import Dataset
@@ -25,7 +26,7 @@ from shards.tar import ShardReader
 from shards.verify import verify
 from shards.volumes import read_slab
 from tests.ingest.files import NAMES, config, grey, ingest, tree, units, write
-from tests.ingest.test_volume_geometry import stack
+from tests.ingest.test_volume_geometry import stack, turned
 
 BOTH = {"outputs": ("slices", "volumes")}
 
@@ -246,6 +247,25 @@ def test_volumes_are_the_same_bytes_whatever_the_order_of_files_and_after_a_kill
     assert any("ct_volumes" in name for name in sweep(open_store(tmp_path / "two"), dry_run=True))
     run_unit(unit, settings, NAMES, tmp_path / "two", tmp_path / "scratch")
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+@pytest.mark.parametrize("distances", [range(6), range(5, -1, -1), [4, 1, 3, 0, 5, 2]])
+@pytest.mark.parametrize("degrees", [(0, 0, 0), (25, -10, 40)])
+def test_the_volume_on_disk_is_the_one_that_highdicom_builds(tmp_path, degrees, distances):
+    highdicom = pytest.importorskip("highdicom")
+    across_down = turned(*degrees)
+    (tmp_path / "s").mkdir()
+    for number, place in enumerate(stack(across_down, distances)):
+        place_of = {"ImagePositionPatient": [round(v, 6) for v in place.position]}
+        slice_of(tmp_path / "s", number, 0, ImageOrientationPatient=list(across_down), **place_of)
+    ingest(tmp_path / "s", tmp_path / "out", **BOTH)
+    (row,) = catalog.load(tmp_path / "out", "ct_volumes").to_pylist()
+    datasets = [pydicom.dcmread(path) for path in (tmp_path / "s").iterdir()]
+    theirs = highdicom.get_volume_from_series(datasets).flip_spatial(0)  # it stacks against the normal
+    assert np.allclose(np.reshape(row["affine"], (3, 4)), theirs.affine[:3], atol=1e-4)
+    assert np.array_equal(
+        np.clip(slab(tmp_path / "out", row), -1024, None), np.clip(theirs.array, -1024, None)
+    )
 
 
 def test_hostile_geometry_gives_a_reason_and_no_error(tmp_path):
