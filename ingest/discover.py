@@ -19,7 +19,7 @@ from ingest.frames import Refused
 from ingest.sniff import HEAD_BYTES, read_head, sniff
 from ingest.sources import is_odd, open_source, prefix, real_path, size_of
 from ingest.tables import DISCOVERED_NAME, Listing, listings
-from ingest.walk import settled_files, source_names
+from ingest.walk import Files, source_names
 from shards.errors import UserError
 from shards.ids import digest
 from shards.objects import is_url
@@ -102,22 +102,20 @@ def scan(
     decoders.
     """
     check_decoders()
-    found = settled_files(config)
+    found = Files(config, (DISCOVERED_NAME,) if config.discover_tables else ())
     if not found:
         raise NothingToIngestError(
             "the source folder is empty: give a folder that holds DICOM, NIfTI or listed images"
         )
-    tables = [path for path, _, _ in found if Path(path).name == DISCOVERED_NAME and config.discover_tables]
-    listed, used = listings(config, tables)
+    listed, used = listings(config, found.named)
     sources = source_names(config.sources)
-    several = {relative for relative, n in Counter(relative for _, relative, _ in found).items() if n > 1}
     if expect is not None:
         expect(len(found))
     usable, members = False, list[Entry]()
     inputs = (
-        (path, relative, f"{sources[root]}//{relative}" if relative in several else relative)
+        (path, relative, f"{sources[root]}//{relative}" if found.several(relative) else relative)
         for path, relative, root in found
-        if real_path(path) not in used  # a table is configuration, not an input
+        if not used or real_path(path) not in used  # a table is configuration, not an input
     )
     elsewhere = len(found) >= PARALLEL_FILES and not any(is_url(source) for source in config.sources)
     chosen = scanner if scanner is not None and elsewhere else _scan_here
@@ -226,7 +224,9 @@ def _absent(
     config: IngestConfig,
 ) -> list[Entry]:
     """An input to refuse for every file that a table lists and that lies in no source."""
-    taken = {real_path(path) for path, _, _ in found}
+    if not listed:
+        return []
+    taken = {real for path, _, _ in found if (real := real_path(path)) in listed}
     taken |= {real_path(e.path) + e.relative.partition(Path(e.path).name)[2] for e in entries if e.member}
     names = source_names(config.sources)
     roots = {real_path(root): name for root, name in names.items()}
