@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ingest.config import IngestConfig
 from ingest.copies import copied, is_read, unread_reason
-from ingest.dedupe import GEOMETRY, Keys, Seen, image_keys, named_by, seen_before
+from ingest.dedupe import Keys, Seen, image_keys, named_by, seen_before
 from ingest.deidentify import deidentification, make_row, source_id
 from ingest.discover import Entry, unchanged
 from ingest.frames import Frame, Item, Refusal, Refused
@@ -23,6 +23,7 @@ from shards import parquet
 from shards.codec import Codec, get_codec
 from shards.commit import Commit, EncodedSample, QuarantineRow, Retry, VolumeSample, commit_unit, find_commit
 from shards.dataset import DatasetInfo, to_json
+from shards.duplicates import GEOMETRY
 from shards.errors import UserError
 from shards.ids import Pseudonymizer
 from shards.objects import is_url, open_store

@@ -1,13 +1,15 @@
-"""The same image twice in a unit: kept once. The same instance with other pixels: a collision."""
+"""The same image twice in a unit: kept once. The same instance with other pixels: a collision.
+
+Over units: shards.duplicates.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from ingest.frames import Frame
+from shards.duplicates import geometry_of
 from shards.ids import Pseudonymizer
 from shards.schema import Reason, Row
-
-GEOMETRY = ("spacing_row_mm", "spacing_column_mm", "position_mm", "orientation")
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,4 @@ def image_keys(frame: Frame, pixel_digest: str) -> Keys:
 
 
 def _content(modality: str, pixel_digest: str, columns: Row) -> tuple[object, ...]:
-    return modality, pixel_digest, *(_rounded(columns.get(name)) for name in GEOMETRY)
-
-
-def _rounded(value: object) -> object:
-    """To a micrometre: writers differ in the digits they print."""
-    if isinstance(value, list):
-        return tuple(round(v, 3) for v in value)
-    return round(value, 3) if isinstance(value, float) else value
+    return modality, pixel_digest, *geometry_of(columns)

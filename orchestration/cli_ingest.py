@@ -308,6 +308,17 @@ def snapshot(dataset: Dataset, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def dedupe(dataset: Dataset, as_json: AsJson = False) -> None:
+    """Compare the images of all units; readers leave out equal ones. The end of `ingest run` does this too.
+
+    Example: ingest dedupe DATASET
+    """
+    from orchestration.dedupe_job import dedupe_report
+
+    typer.echo(dedupe_report(dataset, as_json))
+
+
+@app.command()
 def label(
     dataset: Dataset,
     csv: Annotated[Path, typer.Argument(metavar="CSV", help="Labels by file, UID or patient.")],

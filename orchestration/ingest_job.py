@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestration import keys, leases, path_map
 from orchestration.cluster import StopFlag, connected, pin_threads, process_folder, runtime_env
+from orchestration.dedupe_job import leave_out
 from orchestration.inventory_job import take_inventory
 from orchestration.metrics import Metrics, endpoint
 from orchestration.progress import Progress, format_seconds
@@ -51,6 +52,7 @@ class IngestSummary:
     failed: dict[str, int] = field(default_factory=dict)  # kind of error -> units without a commit
     samples: dict[str, dict[str, int]] = field(default_factory=dict)  # modality -> split -> count, dataset
     quarantined: dict[str, int] = field(default_factory=dict)  # reason -> rows, dataset
+    excluded: dict[str, int] = field(default_factory=dict)  # reason -> images left out, dataset
     inputs: int = 0  # of the dataset
     bytes_in: int = 0
     bytes_out: int = 0
@@ -109,6 +111,8 @@ def run_ingest(
         elif not job.units and not job.waiting:
             say(job.nothing)
         summary.interrupted = bool(stop) and summary.committed + summary.already < summary.units - job.waiting
+    if not summary.interrupted:
+        summary.excluded = leave_out(job.store, stream).reasons()
     _sum_up(summary, job, config)
     if not summary.interrupted and summary.total:
         _join_labels(job, config, say)
@@ -382,6 +386,8 @@ def summary_lines(summary: IngestSummary, config: "IngestConfig") -> list[str]:
         lines.append(f"  {modality:6} {sum(splits.values()):8}  ({parts})")
     if summary.quarantined:
         lines.append(f"  refused {sum(summary.quarantined.values()):7}  " + _reasons(summary.quarantined))
+    if summary.excluded:
+        lines.append(f"  left out {sum(summary.excluded.values()):6}  " + _reasons(summary.excluded))
     if summary.quarantined.get("burned_in_risk"):
         lines.append(
             "ingest: the burned_in_risk images may hold names in their pixels; after checking them, "

@@ -45,7 +45,7 @@ def _megabytes(count: float) -> str:
 
 def status_report(dataset: Path, as_json: bool) -> str:
     """Planned and committed units, images by modality and split, refusals by reason. Raises UserError."""
-    from shards import catalog
+    from shards import catalog, exclusions
     from shards.commit import list_commits
     from shards.dataset import read_info
     from shards.objects import open_store
@@ -57,6 +57,7 @@ def status_report(dataset: Path, as_json: bool) -> str:
     commits = list_commits(store)
     planned = {unit.unit for unit in read_plans(store)}
     done = {commit.unit for commit in commits}
+    left_out = exclusions.read(store)
     facts: dict[str, Any] = {
         "codec": info.codec,
         "key_id": info.key_id,
@@ -67,6 +68,8 @@ def status_report(dataset: Path, as_json: bool) -> str:
         "samples": catalog.counts(store),
         "volumes": catalog.counts(store, volumes=True),
         "quarantined": dict(Counter(catalog.quarantine(store)["reason"].to_pylist()).most_common()),
+        "excluded": left_out.reasons(),
+        "units_not_compared": len(done - left_out.units),
         "labels": catalog.label_names(store),
     }
     return json.dumps(facts, indent=1) if as_json else "\n".join(_status_lines(facts))
@@ -88,6 +91,12 @@ def _status_lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{partition} {sum(splits.values())} volumes ({parts})")
     for reason, count in facts["quarantined"].items():
         lines.append(f"refused  {count} {reason}")
+    for reason, count in facts["excluded"].items():
+        lines.append(f"left out {count} {reason} (equal to another image of the dataset)")
+    if facts["units_not_compared"]:
+        lines.append(
+            f"compared all but {facts['units_not_compared']} units for duplicates: run ingest dedupe"
+        )
     lines.append(f"labels   {', '.join(facts['labels']) or 'none'}")
     return lines
 
@@ -102,9 +111,11 @@ def verify_report(dataset: Path, deep: bool, as_json: bool) -> tuple[bool, str]:
     lines = [str(problem) for problem in report.problems]
     volumes = f"{report.volumes} volumes, " if report.volumes else ""
     what = "every file hashed, every image decoded" if deep else "sizes and indexes; --deep checks contents"
+    left_out = f"{report.excluded} left out, " if report.excluded else ""
     lines.append(
         f"{'clean' if report.clean else f'{len(report.problems)} problems'}: {report.units} units, "
-        f"{report.samples} images, {volumes}{report.quarantined} refusals, {report.size} bytes ({what})"
+        f"{report.samples} images, {left_out}{volumes}{report.quarantined} refusals, "
+        f"{report.size} bytes ({what})"
     )
     if report.orphans:
         lines.append(f"{len(report.orphans)} files that no commit names (harmless: no reader sees them)")

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from shards import parquet
+from shards import exclusions, parquet
 from shards.commit import list_commits
 from shards.dataset import read_info
 from shards.errors import UserError
@@ -37,6 +37,8 @@ def load(
 ) -> pa.Table:
     """The committed catalogue rows, sorted by key, with the columns of catalog_schema() or those asked for.
 
+    Without those of shards.exclusions.
+
     modality, split: only these rows. Volumes (volume_schema()) are given for modality="ct_volumes" and the
     like only; shards.volumes reads their pixels.
     Raises UserError where root is no dataset or a file is missing.
@@ -57,6 +59,7 @@ def load(
             raise UserError(
                 f"{store.root}: a catalogue file is missing or damaged: run ingest verify"
             ) from None
+    table = exclusions.read(store).without(table)
     return table.sort_by("key").select(wanted).combine_chunks()
 
 
@@ -77,18 +80,22 @@ def _read_catalogs(
 
 
 def counts(root: str | Path | Store, volumes: bool = False) -> dict[str, dict[str, int]]:
-    """{modality: {train, val, test: number of samples}}, from the commits alone.
+    """{modality: {train, val, test: number of samples}}, without those left out.
 
     Of 2D samples, or of volumes.
     """
+    store = _open(root)
     totals: dict[str, dict[str, int]] = {}
-    for commit in list_commits(_open(root)):
+    for commit in list_commits(store):
         for modality, statistics in commit.statistics.items():
             if is_volumes(modality) != volumes:
                 continue
             total = totals.setdefault(modality, {s.value: 0 for s in Split})
             for split in total:
                 total[split] += statistics[split]
+    for (modality, split), left_out in exclusions.read(store).counts().items():
+        if modality in totals:
+            totals[modality][split] -= left_out
     return dict(sorted(totals.items()))
 
 

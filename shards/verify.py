@@ -5,6 +5,7 @@ deep: also sha256 of every file, the rows inside the tars, and every image decod
 """
 
 import json
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards import parquet
+from shards import exclusions, parquet
 from shards.codec import get_codec
 from shards.commit import Commit, CommittedFile, committed_units, orphans, parse_record
 from shards.dataset import read_info
@@ -63,6 +64,7 @@ class Report:
     orphans: tuple[str, ...]
     deep: bool
     volumes: int = 0  # samples: without these
+    excluded: int = 0  # images and volumes that readers leave out: not in samples, not in volumes
 
     @property
     def clean(self) -> bool:
@@ -83,11 +85,15 @@ def verify(root: str | Path | Store, deep: bool = False, workers: int = 2) -> Re
             problems += found
             tables.append(table)
     problems += _across_units(pa.concat_tables([_SPLIT_SCHEMA.empty_table(), *tables]))
+    left_out = exclusions.read(store)
+    problems += _exclusions(store, commits, deep and not problems)
+    apart = sum(is_volumes(name) for name in left_out.table["modality"].to_pylist())
     return Report(
         problems=tuple(problems),
         units=len(commits),
-        samples=sum(f.samples for c in commits for f in c.images),
-        volumes=sum(f.samples for c in commits for f in c.catalogs if is_volumes(f.modality)),
+        samples=sum(f.samples for c in commits for f in c.images) - left_out.table.num_rows + apart,
+        volumes=sum(f.samples for c in commits for f in c.catalogs if is_volumes(f.modality)) - apart,
+        excluded=left_out.table.num_rows,
         quarantined=refusal_count(commits),
         inputs=input_count(commits),
         size=sum(f.size for c in commits for f in c.files()),
@@ -125,6 +131,20 @@ def _snapshots(store: Store, records: dict[str, bytes]) -> list[Problem]:
             detail = f"{different} records are not those of commits/: ingest repair, or remove this file"
             problems.append(Problem("snapshot_differs", name, detail))
     return problems
+
+
+def _exclusions(store: Store, commits: list[Commit], again: bool) -> list[Problem]:
+    """Records of what is left out that are damaged, or (again) not what a new comparison finds."""
+    names = exclusions.exclusion_names(store)
+    fix = "run ingest dedupe"
+    found = [Problem("exclusions_damaged", n, fix) for n in names if exclusions.read_record(store, n) is None]
+    record = exclusions.read(store)
+    if again and record.units:
+        with tempfile.TemporaryDirectory(prefix="medswav-verify-") as folder:
+            compared = [commit for commit in commits if commit.unit in record.units]
+            if exclusions.compared(store, compared, Path(folder))[0] != record.name:
+                found.append(Problem("exclusions_differ", record.name, fix))
+    return found
 
 
 def _unit(store: Store, commit: Commit, deep: bool) -> tuple[list[Problem], pa.Table]:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards import catalog
+from shards import catalog, exclusions
 from shards.codec import MAXIMUM_REDUCE, Codec, get_codec
 from shards.commit import committed_units
 from shards.dataset import read_info
@@ -200,10 +200,13 @@ def open_modality(data: DataConfig, name: str) -> Modality:
 
 
 def dataset_fingerprint(root: str) -> str:
-    """Changes when units are added to a dataset or another dataset takes its place. Raises UserError."""
+    """Changes when units are added to a dataset, when other samples are left out of it (shards.exclusions) or
+    another dataset takes its place. Raises UserError."""
     store = open_store(root)
     info = read_info(store)
-    return digest(info.fingerprint, info.key_id, *sorted(committed_units(store)))
+    left_out = exclusions.read(store).keys().to_pylist()
+    also = [digest("left out", *left_out)] if left_out else []
+    return digest(info.fingerprint, info.key_id, *sorted(committed_units(store)), *also)
 
 
 def fit_bands(
