@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from ingest.config import IngestConfig
 
 
+LEFT_OUT_TEXT = {
+    "duplicate": "equal to another image of the dataset",
+    "uid_collision": "another image of the dataset has its instance UID, with other pixels",
+}
+
+
 def plan_report(config: "IngestConfig", as_json: bool) -> str:
     """What a run would meet and cost, from the headers and a decoded sample. Raises UserError."""
     from ingest.discover import inventory
@@ -92,7 +98,7 @@ def _status_lines(facts: dict[str, Any]) -> list[str]:
     for reason, count in facts["quarantined"].items():
         lines.append(f"refused  {count} {reason}")
     for reason, count in facts["excluded"].items():
-        lines.append(f"left out {count} {reason} (equal to another image of the dataset)")
+        lines.append(f"left out {count} {reason} ({LEFT_OUT_TEXT[reason]})")
     if facts["units_not_compared"]:
         lines.append(
             f"compared all but {facts['units_not_compared']} units for duplicates: run ingest dedupe"
