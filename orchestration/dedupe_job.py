@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 def leave_out(store: "Store", stream: TextIO | None = None) -> "Exclusions":
     """Compare the samples of all units and record what is left out. Raises UserError."""
     from shards import exclusions
-    from shards.commit import committed_units
 
-    units = len(committed_units(store))
     with (
-        Progress("dedupe: comparing images", units, "catalogues", stream=stream) as progress,
+        Progress("dedupe: comparing images", 0, "catalogues", stream=stream) as progress,
         tempfile.TemporaryDirectory(prefix="dedupe-", dir=process_folder()) as folder,
     ):
-        return exclusions.update(store, Path(folder), progress.update)
+
+        def told(done: int, total: int) -> None:
+            progress.expect(total)
+            progress.update(done)
+
+        return exclusions.update(store, Path(folder), told)
 
 
 def dedupe_report(dataset: Path, as_json: bool) -> str:

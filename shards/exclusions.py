@@ -108,18 +108,20 @@ def to_bytes(units: Iterable[str], excluded: Iterable[Excluded]) -> bytes:
 
 
 def compared(
-    store: Store, commits: list[Commit], folder: Path, progress: Callable[[int], None] | None = None
+    store: Store, commits: list[Commit], folder: Path, progress: Callable[[int, int], None] | None = None
 ) -> tuple[str, bytes]:
     """(name, bytes) of the record of these commits. folder: empty scratch. Raises UserError."""
-    data = to_bytes((commit.unit for commit in commits), compare(store, commits, folder, progress))
+    total = sum(len(commit.catalogs) for commit in commits)
+    told = None if progress is None else lambda done: progress(done, total)
+    data = to_bytes((commit.unit for commit in commits), compare(store, commits, folder, told))
     return _name_of(data, len(commits)), data
 
 
-def update(store: Store, folder: Path, progress: Callable[[int], None] | None = None) -> Exclusions:
+def update(store: Store, folder: Path, progress: Callable[[int, int], None] | None = None) -> Exclusions:
     """Compare all committed samples and write what is left out, unless that was done for just these commits.
 
-    Any number may run at once, and beside writers; killed, nothing is changed. folder: empty scratch.
-    Raises UserError for a damaged commit or catalogue, a full disk.
+    Any number may run at once, and beside writers; killed, nothing is changed. folder: empty scratch;
+    progress: files so far, of how many. Raises UserError for a damaged commit or catalogue, a full disk.
     """
     before = exclusion_names(store)  # then each is of a part of the commits listed next
     commits = list_commits(store)
