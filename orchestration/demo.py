@@ -28,7 +28,7 @@ from trainer import files
 from trainer.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
-    from orchestration.ingest_job import IngestSummary
+    from orchestration.ingest_summary import IngestSummary
 
 NO_LABELS = (
     "The probe was skipped because no labels were given: run again with --labels CSV "

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestration import keys
-from orchestration.ingest_job import IngestSummary, Job, run_ingest
+from orchestration.ingest_job import Job, run_ingest
+from orchestration.ingest_summary import IngestSummary
 from orchestration.inventory_job import take_inventory
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import pytest
 
 from ingest.convert import run_unit
 from orchestration.cli_ingest import build_config
-from orchestration.ingest_job import IngestSummary, _Conversion, plan_job, run_ingest, summary_lines
+from orchestration.ingest_job import _Conversion, plan_job, run_ingest
+from orchestration.ingest_summary import IngestSummary, summary_lines
 from orchestration.metrics import Metrics
 from shards.commit import release_unit
 from shards.errors import UserError

@@ -14,7 +14,8 @@ from orchestration import demo as demo_module
 from orchestration import ingest_job, pretrain_job
 from orchestration.demo import demo
 from orchestration.demo_steps import StepLog
-from orchestration.ingest_job import IngestSummary, plan_job
+from orchestration.ingest_job import plan_job
+from orchestration.ingest_summary import IngestSummary
 from orchestration.pretrain_job import PretrainResult
 from shards import catalog
 from shards.errors import UserError
