@@ -128,7 +128,8 @@ class ReadRules(_Settings):
     xr_max_side: int = Field(1200, ge=64)  # pixels; X-rays are reduced to it by area averaging
     min_side: int = Field(33, ge=1)  # pixels
     # Declared samples (rows x columns x samples per pixel) of a frame, of a file; above: refused undecoded.
-    max_frame_pixels: int = Field(64 << 20, ge=1)
+    # The largest detectors have 28 million; 30 Mi keep a worker below 600 MB (tests/ingest/test_bombs.py).
+    max_frame_pixels: int = Field(30 << 20, ge=1)
     max_pixels: int = Field(4 << 30, ge=1)
     max_member_bytes: int = Field(2 << 30, ge=1)  # one file of a zip or tar, inflated; above: refused
     max_members: int = Field(250_000, ge=1)  # files of one archive; the rest is refused

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from shards.ids import digest, digest_framed, frame
 
+_PIXELS_AT_ONCE = 1 << 20
 PIXEL_DTYPES = ("uint8", "uint16", "int16")
 
 
@@ -59,10 +60,18 @@ def pixel_statistics(pixels: NDArray) -> dict[str, float]:
 
 def _histogram(pixels: NDArray) -> tuple[int, NDArray]:
     """(value of the first bin, counts): one pass, without a look for the extremes."""
-    if pixels.dtype == np.int16:
-        unsigned = np.ascontiguousarray(pixels).view(np.uint16) ^ np.uint16(1 << 15)
-        return -(1 << 15), np.bincount(unsigned.ravel())
-    return 0, np.bincount(pixels.ravel())
+    flat = np.ascontiguousarray(pixels).ravel()
+    signed = flat.dtype == np.int16
+    words = flat.view(np.uint16) if signed else flat
+    flip = np.uint16(1 << 15)
+    low = -(1 << 15) if signed else 0
+    if words.size <= _PIXELS_AT_ONCE:
+        return low, np.bincount(words ^ flip if signed else words)
+    counts = np.zeros(1 << 16, np.int64)  # bincount takes 8 bytes a pixel
+    for start in range(0, words.size, _PIXELS_AT_ONCE):
+        part = words[start : start + _PIXELS_AT_ONCE]
+        counts += np.bincount(part ^ flip if signed else part, minlength=1 << 16)
+    return low, counts
 
 
 def _percentile(cumulative: NDArray, fraction: float) -> float:

@@ -26,6 +26,7 @@ from shards.schema import Reason
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 _EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
+_PIECE_BYTES = 1 << 20
 _META_BYTES = 1 << 16  # a file meta group is a few hundred bytes
 
 
@@ -112,13 +113,19 @@ def _inflated(data: bytes, limit: int) -> BytesIO:
         # (0002,0000) UL, 4 bytes: the length of the file meta group (PS3.10 section 7.1).
         start = 144 + int.from_bytes(data[140:144], "little")
         stream = zlib.decompressobj(-zlib.MAX_WBITS)
-        body = stream.decompress(data[start:], limit)
+        plain = _EXPLICIT_LITTLE.encode().ljust(len(DEFLATED), b"\0")
+        found = BytesIO()
+        left = limit + found.write(data[:start].replace(DEFLATED.encode(), plain))
+        rest = data[start:]
+        while rest and found.tell() < left:  # piece by piece: one copy of the whole is enough
+            found.write(stream.decompress(rest, min(_PIECE_BYTES, left - found.tell())))
+            rest = stream.unconsumed_tail
     except Exception:  # noqa: BLE001 - as above
         raise Refused(Reason.UNREADABLE) from None
-    if stream.unconsumed_tail:
+    if rest:
         raise Refused(Reason.TOO_LARGE)
-    plain = _EXPLICIT_LITTLE.encode().ljust(len(DEFLATED), b"\0")
-    return BytesIO(data[:start].replace(DEFLATED.encode(), plain) + body)
+    found.seek(0)
+    return found
 
 
 @lru_cache(maxsize=1024)

@@ -1,6 +1,6 @@
 """Raw samples to stored pixels: bits, colour, values, polarity. Rules of data.md section 2."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cv2
@@ -15,6 +15,7 @@ from ingest.frames import Refused
 from ingest.values import AIR_HU, HIGHEST_HU
 from shards.schema import Reason
 
+_PIXELS_AT_ONCE = 1 << 20  # the steps take up to 12 bytes a pixel, of a large frame more than the frame
 _HOUNSFIELD_TYPES = frozenset({"", "HU", "HU_MOD", "US"})
 
 
@@ -57,6 +58,24 @@ def read_frame(dataset: Dataset, source: Pixels, index: int, code: str, values: 
         ends = padding_ends(dataset, signed)
         table = _hounsfield_table(bits, signed, shift, values, ends)
         return Stored(cv2.LUT(np.ascontiguousarray(raw).view(np.uint16), table), 16, False, False)
+    step = max(1, _PIXELS_AT_ONCE // raw.shape[1])
+    blocks = (raw[top : top + step] for top in range(0, raw.shape[0], step))
+    parts = (_stored(dataset, b, photometric, code, values, (bits, signed, shift)) for b in blocks)
+    if step >= raw.shape[0]:
+        return next(parts)
+    pixels: NDArray | None = None
+    for number, part in enumerate(parts):
+        pixels = np.empty(raw.shape[:2], part.pixels.dtype) if pixels is None else pixels
+        pixels[number * step : (number + 1) * step] = part.pixels
+    assert pixels is not None
+    return replace(part, pixels=pixels)
+
+
+def _stored(
+    dataset: Dataset, raw: NDArray, photometric: str, code: str, values: Values, word: tuple[int, bool, int]
+) -> Stored:
+    """Some rows of a frame. word: bits, signed, and the bit that they begin at."""
+    bits, signed, shift = word
     padding = None
     if raw.ndim == 2:
         words, raw = raw, mask_bits(raw, bits, signed, shift)

@@ -20,6 +20,7 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import UID
 
 from ingest.dicom import header
+from ingest.dicom.codestream import stream_size
 from ingest.dicom.element import PixelElement, Span
 from ingest.dicom.header import DEFLATED
 from ingest.frames import Refused
@@ -160,6 +161,9 @@ def decode_raw(pixels: Pixels, index: int) -> tuple[NDArray, str]:
     if syntax in NATIVE:
         return _samples(pixels, pixels.native(index)), photometric
     stream = pixels.encoded(index)
+    declared = stream_size(stream)
+    if declared is not None and declared != (pixels.options["rows"], pixels.options["columns"]):
+        raise Refused(Reason.BAD_PIXEL_DESCRIPTION)  # before a decoder takes memory for it
     own = _own_decoder(pixels, stream)
     if own is not None:
         return own, photometric
