@@ -61,7 +61,12 @@ def to_json(data: PageData) -> str:
     }
     facts = {"codec": data.codec, "key_id": data.key_id, "inputs": data.inputs}
     volumes = {v.partition: dataclasses.asdict(v) for v in data.volumes}
-    found = {"modalities": modalities, "volumes": volumes, "quarantined": data.refusals}
+    found = {
+        "modalities": modalities,
+        "volumes": volumes,
+        "quarantined": data.refusals,
+        "left_out": data.left_out,
+    }
     return json.dumps(facts | found, indent=1)
 
 
@@ -69,6 +74,8 @@ def render(data: PageData) -> str:
     """A complete HTML document."""
     images = sum(sum(m.splits.values()) for m in data.modalities)
     facts = {"Files": data.inputs, "Images": images, "Refused": sum(data.refusals.values())}
+    if data.left_out:
+        facts["Equal to another, left out"] = sum(data.left_out.values())
     if data.volumes:
         facts["Volumes"] = sum(sum(v.splits.values()) for v in data.volumes)
     boxes = "".join(f"<div><dt>{k}</dt><dd>{v:,}</dd></div>" for k, v in facts.items())

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from orchestration.report_figures import thumbnail
-from shards import catalog
+from shards import catalog, exclusions
 from shards.codec import get_codec
 from shards.commit import list_commits
 from shards.dataset import read_info
@@ -79,6 +79,9 @@ class PageData:
     modalities: tuple[ModalityPage, ...]
     refusals: dict[str, int]  # by shards.schema.Reason, most first
     volumes: tuple[VolumesPage, ...] = ()
+    left_out: dict[str, int] = field(
+        default_factory=dict
+    )  # as equal to others, by reason (shards.exclusions)
 
 
 def gather(dataset: str | Path, pictures: bool = True) -> PageData:
@@ -93,6 +96,7 @@ def gather(dataset: str | Path, pictures: bool = True) -> PageData:
         tuple(_modality(dataset, m, splits, pictures) for m, splits in found),
         value_counts(catalog.quarantine(store)["reason"]),
         tuple(_volumes(dataset, p, splits) for p, splits in catalog.counts(store, volumes=True).items()),
+        exclusions.read(store).reasons(),
     )
 
 

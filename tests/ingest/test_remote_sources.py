@@ -34,10 +34,7 @@ def server():
 
 @pytest.fixture
 def proxy(server, monkeypatch):
-    for name, value in servers.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server[0].url)
+    servers.choose(monkeypatch, server[0].url)
     # The same number of attempts, without the pauses.
     stores: dict[str, ObjectStore] = {}
     quick = lambda root: stores.setdefault(root, ObjectStore(root, first_wait=0.001))  # noqa: E731

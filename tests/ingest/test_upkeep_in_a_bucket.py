@@ -33,10 +33,7 @@ def server():
 
 @pytest.fixture
 def url(server, monkeypatch):
-    for name, value in servers.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server[0].url)
+    servers.choose(monkeypatch, server[0].url)
     return f"s3://{servers.BUCKET}/upkeep/{next(_numbers)}"
 
 

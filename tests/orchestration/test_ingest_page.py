@@ -9,6 +9,7 @@ import pytest
 
 from orchestration.ingest_page import WARNING, report
 from orchestration.ingest_report import status_report
+from shards import exclusions
 from shards.dataset import open_or_create
 from shards.errors import UserError
 from shards.store import Store
@@ -64,6 +65,18 @@ def test_the_page_shows_volumes_and_how_regular_they_are(tmp_path):
     assert sum(found["splits"].values()) == found["regular"] == 1
     assert "1 volumes, 1 regularly spaced" in page.read_text()
     assert "Distance of slices, mm" in page.read_text()
+
+
+def test_the_page_says_how_many_images_are_left_out_as_equal_to_others(tmp_path):
+    for unit in ("one", "two"):
+        series(tmp_path / unit / f"in-{unit}", [0.0, 2.0, 4.0])
+        ingest(tmp_path / unit, tmp_path / "out")
+    (tmp_path / "scratch").mkdir()
+    exclusions.update(Store(tmp_path / "out"), tmp_path / "scratch")
+    page = tmp_path / "page.html"
+    found = json.loads(report(tmp_path / "out", page, as_json=True))
+    assert found["left_out"] == {"duplicate": 3} and sum(found["modalities"]["ct"]["splits"].values()) == 3
+    assert "Equal to another, left out" in page.read_text()
 
 
 def test_an_empty_dataset_has_a_page(tmp_path):

@@ -18,6 +18,16 @@ ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+
+
+def choose(monkeypatch, url: str) -> None:
+    """S3 clients of this test talk to the server at `url`."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+
+
 _HOP = frozenset({"connection", "transfer-encoding", "keep-alive", "expect"})
 
 

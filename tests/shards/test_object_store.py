@@ -38,10 +38,7 @@ def server():
 
 @pytest.fixture
 def proxy(server, monkeypatch):
-    for name, value in servers.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server[0].url)
+    servers.choose(monkeypatch, server[0].url)
     yield server[0]
     server[0].rule = lambda method, path: None
     server[0].requests.clear()
