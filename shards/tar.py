@@ -144,7 +144,8 @@ class ShardReader:
     def read(self, modality: str, shard: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of a shard. Raises FileNotFoundError, or ValueError if it is too short."""
         if self._objects is None:
-            data = os.pread(self._handle(modality, shard).fd, size, offset)
+            handle = self._handle(modality, shard)  # held by name until the read is done, or it may close
+            data = os.pread(handle.fd, size, offset)
         else:
             data = self._objects.read(f"shards/{modality}/{shard}", offset, size)
         if len(data) != size:

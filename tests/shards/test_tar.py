@@ -3,7 +3,7 @@
 import hashlib
 import io
 import tarfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -95,11 +95,9 @@ def test_the_reader_reads_by_offset_with_few_open_files_from_many_threads(tmp_pa
                     if reader.read("ct", name, *files["j2c"]) != SAMPLES[key]["j2c"]:
                         wrong.append((name, key))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        for future in [threads.submit(work) for _ in range(4)]:
+            future.result()  # raises what the thread raised
     reader.close()
     assert not wrong
     with pytest.raises(ValueError, match="shorter"):
