@@ -102,12 +102,12 @@ def read_info(store: Store) -> DatasetInfo:
         ) from None
     try:
         values = json.loads(raw)
-        info = DatasetInfo(**values | {"modalities": tuple(values["modalities"])})
+        version = int(values["format_version"])
+        if version == FORMAT_VERSION:
+            return DatasetInfo(**values | {"modalities": tuple(values["modalities"])})
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{store.root}/{NAME} is damaged: restore it, or use another output folder") from None
-    if info.format_version > FORMAT_VERSION:
-        raise UserError(
-            f"{store.root} has format version {info.format_version}, this medswav reads up to "
-            f"{FORMAT_VERSION}: upgrade medswav"
-        )
-    return info
+    fix = "upgrade medswav" if version > FORMAT_VERSION else "run ingest into a new output folder"
+    raise UserError(
+        f"{store.root} has format version {version}, this medswav reads version {FORMAT_VERSION}: {fix}"
+    )

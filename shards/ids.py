@@ -36,13 +36,16 @@ def _base32(raw: bytes) -> str:
 
 
 def digest(*parts: bytes | str) -> str:
-    """26 base32 characters of the blake2b of length-prefixed parts. Not keyed: for public content only."""
-    return _base32(hashlib.blake2b(frame(*parts), digest_size=20).digest())
+    """26 base32 characters (130 bits) of the SHA-256 of length-prefixed parts.
+
+    Not keyed: for public content only. SHA-256 because processors have instructions for it: a third of the time of BLAKE2b on a CT slice.
+    """
+    return _base32(hashlib.sha256(frame(*parts)).digest())
 
 
 def digest_framed(*framed: bytes | memoryview) -> str:
     """`digest` of parts that `frame` has joined already."""
-    hasher = hashlib.blake2b(digest_size=20)
+    hasher = hashlib.sha256()
     for part in framed:
         hasher.update(part)
     return _base32(hasher.digest())

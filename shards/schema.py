@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Row = dict[str, Any]
 
@@ -98,7 +98,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("original_rows", _I32, "K", "Rows of the source", False),
     Column("original_columns", _I32, "K", "Columns of the source", False),
     Column("bits_stored", _I32, "K", "BitsStored of the source"),
-    Column("pixel_digest", _S, "-", "blake2b of dtype, shape and stored pixels", False),
+    Column("pixel_digest", _S, "-", "SHA-256 of dtype, shape and stored pixels", False),
     Column("photometric", _S, "K", "PhotometricInterpretation of the source"),
     Column(
         "inverted", _B, "-", "True where MONOCHROME1 or an INVERSE LUT was turned to larger = brighter", False
@@ -170,7 +170,7 @@ VOLUME_COLUMNS: tuple[Column, ...] = (
     Column("sizes", pa.list_(_I64), "-", "bytes of each encoded slice", False),
     Column("slices", _I32, "-", "number of slices", False),
     Column("slice_keys", pa.list_(_S), "-", "keys of the slices in the 2D partition, in order", False),
-    Column("pixel_digest", _S, "-", "blake2b of the pixel_digest of each slice, in order", False),
+    Column("pixel_digest", _S, "-", "SHA-256 of the pixel_digest of each slice, in order", False),
     Column("rescale_slopes", _VEC, "K", "rescale_slope of each slice"),
     Column("rescale_intercepts", _VEC, "K", "rescale_intercept of each slice"),
     Column("mean", _F64, "-", "mean of the stored pixels", False),

@@ -19,7 +19,7 @@ def check_pixels(pixels: NDArray) -> None:
 
 
 def pixel_digest(pixels: NDArray) -> str:
-    """26-character blake2b of dtype, shape and little-endian pixels of an array [rows, columns]."""
+    """26-character SHA-256 of dtype, shape and little-endian pixels of an array [rows, columns]."""
     check_pixels(pixels)
     little = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<"))
     # As digest(dtype, shape, bytes), without a copy of the pixels.

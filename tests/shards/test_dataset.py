@@ -217,9 +217,10 @@ def test_a_damaged_dataset_json_is_a_clear_error(tmp_path, text):
         read_info(Store(tmp_path))
 
 
-def test_a_newer_format_is_refused(tmp_path):
-    open_or_create(Store(tmp_path), make.info(format_version=99))
-    with pytest.raises(UserError, match="upgrade"):
+@pytest.mark.parametrize(("version", "fix"), [(99, "upgrade"), (1, "new output folder")])
+def test_another_format_is_refused_with_the_fix(tmp_path, version, fix):
+    open_or_create(Store(tmp_path), make.info(format_version=version))
+    with pytest.raises(UserError, match=fix):
         read_info(Store(tmp_path))
 
 
