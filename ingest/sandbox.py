@@ -21,6 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import numpy as np
+
 from ingest.config import IngestConfig, ReadRules
 from ingest.frames import Item, Refusal, from_message
 from ingest.memory import ENVIRONMENT, keep_freed
@@ -119,18 +121,19 @@ class ProcessReader:
         json_bytes, pixel_bytes = HEADER.unpack(self._exactly(HEADER.size, deadline))
         if json_bytes > LONGEST_JSON or pixel_bytes > 2 * self._rules.max_frame_pixels:
             raise _ChildLostError
-        message = memoryview(self._exactly(json_bytes + pixel_bytes, deadline))
+        text, pixels = self._exactly(json_bytes, deadline), self._exactly(pixel_bytes, deadline)
         try:
-            header: dict[str, Any] = json.loads(bytes(message[:json_bytes]))
-            return from_message(header, message[json_bytes:]), bool(header["last"])
+            header: dict[str, Any] = json.loads(bytes(text))
+            return from_message(header, pixels), bool(header["last"])
         except (KeyError, TypeError, ValueError):
             raise _ChildLostError from None
 
-    def _exactly(self, count: int, deadline: float) -> bytearray:
+    def _exactly(self, count: int, deadline: float) -> memoryview:
+        """The next bytes, in a buffer of their own: numpy is slow where pixels start at an odd address."""
         assert self._child is not None and self._child.stdout is not None
         descriptor = self._child.stdout.fileno()
-        buffer = bytearray(count)
-        view = memoryview(buffer)
+        buffer = np.empty(count, np.uint8).data
+        view = buffer
         while view:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:
