@@ -96,7 +96,7 @@ def prototype_use(dataset: Path, run_dir: Path) -> dict[str, list[int]]:
 
     from trainer.batches import eval_images
     from trainer.checkpoint import newest
-    from trainer.config import TrainConfig
+    from trainer.config import SHARED, TrainConfig
     from trainer.swav.model import MultiModalSwav
 
     found = newest(run_dir)
@@ -111,12 +111,13 @@ def prototype_use(dataset: Path, run_dir: Path) -> dict[str, list[int]]:
     use = {}
     for modality in config.data.modalities:
         _, images, _ = eval_images(str(dataset), modality, size, config.data.intensity, split)
+        prototypes = model.prototypes[SHARED if config.swav.groups == "shared" else modality]
         counts = np.zeros(config.swav.prototypes, np.int64)
         with torch.inference_mode():
             for start in range(0, len(images), _CHUNK):
                 part = torch.from_numpy(images[start : start + _CHUNK]).expand(-1, channels, -1, -1)
                 z = normalize(model.projection_head(model.backbone(part)).float(), dim=1)
-                nearest = model.prototypes[modality](z).argmax(dim=1).numpy()
+                nearest = prototypes(z).argmax(dim=1).numpy()
                 counts += np.bincount(nearest, minlength=len(counts))
         use[modality] = counts.tolist()
     return use

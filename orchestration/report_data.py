@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-MODALITY_NAMES = {"xr": "X-ray", "ct": "CT", "mr": "MR", "us": "Ultrasound"}
+MODALITY_NAMES = {"xr": "X-ray", "ct": "CT", "mr": "MR", "us": "Ultrasound", "all": "All modalities"}
 ENCODERS = ("pretrained", "random", "pixels")
 ENCODER_NAMES = {"pretrained": "Pretrained", "random": "Random-initialised", "pixels": "Pixel baseline"}
 PROBE_NAMES = {"linear": "Linear probe", "knn": "kNN"}

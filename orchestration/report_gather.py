@@ -147,8 +147,8 @@ def views(dataset: Path, run_dir: Path, config: TrainConfig) -> tuple[Views, ...
 
 
 def curve(run_dir: Path, config: TrainConfig) -> Curve | None:
-    """The logged steps of metrics.jsonl: those with a loss for every modality."""
-    names = config.data.modalities
+    """The logged steps of metrics.jsonl: those with a loss for every modality (or the one of all)."""
+    names = config.groups
     rows = [
         row for row in journal.read(journal.journal_path(run_dir)) if all(f"m/{m}/loss" in row for m in names)
     ]

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shards.errors import UserError
 from shards.settings import apply_override
 
+SHARED = "all"  # name of the one group of swav.groups=shared, in metrics and prototypes
 Probability = float
 Range = tuple[float, float]
 
@@ -153,14 +154,22 @@ class ModelConfig(_Strict):
 
 
 class SwavConfig(_Strict):
-    prototypes: int = Field(default=3000, gt=1)  # per modality
+    """`groups`: which images share prototypes, codes (one Sinkhorn), softmax and queue. `per-modality` is the
+    method (method.md eq. 3); `shared` is the baseline, one SwAV over the whole batch as if M = 1."""
+
+    groups: Literal["per-modality", "shared"] = "per-modality"
+    prototypes: int = Field(default=3000, gt=1)  # of each group
     assign: tuple[int, ...] = (0, 1)  # crops that give codes
     temperature: float = Field(default=0.1, gt=0)
     epsilon: float = Field(default=0.03, gt=0)
     sinkhorn_iterations: int = Field(default=3, gt=0)
-    queue_length: int = Field(default=3840, ge=0)  # global, per assigned crop; per modality: / M; 0: none
+    queue_length: int = Field(default=3840, ge=0)  # global, per assigned crop; of all groups; 0: none
     queue_start_step: int = Field(default=0, ge=0)
     freeze_prototypes_steps: int = Field(default=10_000, ge=0)
+
+    def names(self, modalities: Sequence[str]) -> tuple[str, ...]:
+        """Of the groups, in the order of their images in a batch."""
+        return (SHARED,) if self.groups == "shared" else tuple(modalities)
 
 
 class OptimConfig(_Strict):
@@ -193,6 +202,11 @@ class TrainConfig(_Strict):
     swav: SwavConfig = SwavConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups of images that share prototypes and codes: the modalities, or `all`."""
+        return self.swav.names(self.data.modalities)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -263,12 +277,13 @@ def few_samples_warning(config: TrainConfig) -> str | None:
     """A line when (B_m + queue) / K < .3: codes are then spread over hundreds of prototypes (method.md
     3-G).
     """
-    samples = config.data.per_modality + config.swav.queue_length // len(config.data.modalities)
+    samples = (config.data.batch_size + config.swav.queue_length) // len(config.groups)
     ratio = samples / config.swav.prototypes
+    of = "step" if config.swav.groups == "shared" else "modality"
     if ratio >= 0.3:
         return None
     return (
-        f"{samples} samples per modality (batch and queue) for {config.swav.prototypes} prototypes is a "
+        f"{samples} samples per {of} (batch and queue) for {config.swav.prototypes} prototypes is a "
         f"ratio of {ratio:.2f}, below .3: codes will be diffuse; raise swav.queue_length or lower "
         f"swav.prototypes"
     )

@@ -13,7 +13,7 @@ from trainer.config import TrainConfig
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.swav.diagnostics import modality_diagnostics
 from trainer.swav.loss import swapped_prediction
-from trainer.swav.model import MultiModalSwav, modality_slices
+from trainer.swav.model import MultiModalSwav, group_slices
 from trainer.swav.prototypes import freeze_prototypes
 from trainer.swav.queue import FeatureQueue, queue_part
 from trainer.swav.sinkhorn import sinkhorn_each
@@ -36,7 +36,7 @@ def train_step(
     [count, n, C, S, S], [count, n, S, S] or [count * n, C, S, S], uint8 or float in [0, 1], on the model's
     device. step: 0-based. autocast: bf16 forward. sizes: see MultiModalSwav.forward.
     Always returned: loss (this rank's) and learning_rate. On logged steps loss is the mean over ranks, and
-    there are loss_minus_ln_k and m/<modality>/<diagnostic>.
+    there are loss_minus_ln_k and m/<modality>/<diagnostic> (m/all/... with swav.groups=shared).
     """
     core = unwrap(model)
     crops = as_groups(crops, config)
@@ -45,9 +45,9 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
 
     with torch.autocast(crops[0].device.type, torch.bfloat16, enabled=autocast):
-        features, scores = model(crops, sizes)  # [V, n, F]; per modality [V, b, K]
-    parts = modality_slices(features.shape[1], len(scores), sizes)
-    by_modality = [features.detach()[:, part] for part in parts]
+        features, scores = model(crops, sizes)  # [V, n, F]; per group [V, b, K]
+    parts = group_slices(features.shape[1], len(scores), sizes)
+    by_group = [features.detach()[:, part] for part in parts]
     codes = assign_codes(core, scores, queue if queue is not None and queue.full else None, config, group)
     losses = [
         swapped_prediction(s, q, config.swav.assign, config.swav.temperature)
@@ -61,14 +61,14 @@ def train_step(
 
     if queue is not None and step >= config.swav.queue_start_step:
         assign = list(config.swav.assign)
-        queue.enqueue(torch.stack([z[assign] for z in by_modality]), group)
+        queue.enqueue(torch.stack([z[assign] for z in by_group]), group)
     metrics: dict[str, Any] = {"loss": loss.detach(), "learning_rate": rate}
     if is_logged(step, config):
         detached = [part.detach() for part in losses]
         found = modality_diagnostics(
-            detached, by_modality, [s.detach() for s in scores], codes, config.swav.temperature, group
+            detached, by_group, [s.detach() for s in scores], codes, config.swav.temperature, group
         )
-        metrics |= _summarise(found, core.modalities)
+        metrics |= _summarise(found, core.groups)
     return metrics
 
 
@@ -80,16 +80,16 @@ def assign_codes(
     config: TrainConfig,
     group: ProcessGroup | None = None,
 ) -> list[Tensor]:
-    """Codes [A, b_m, K] of each modality, from the assigned crops' scores and, if given, the queue's.
+    """Codes [A, b_m, K] of each group, from the assigned crops' scores and, if given, the queue's.
 
-    All crops and modalities share one stacked Sinkhorn. Scores of queued features are computed anew with
+    All crops and groups share one stacked Sinkhorn. Scores of queued features are computed anew with
     today's prototypes; each rank brings its own part of the global queue.
     """
     swav = config.swav
     queued = None if queue is None else queue_part(queue, group)
     problems = []
-    for m, (modality, s) in enumerate(zip(core.modalities, scores, strict=True)):
-        weight: Any = core.prototypes[modality].weight
+    for m, (name, s) in enumerate(zip(core.groups, scores, strict=True)):
+        weight: Any = core.prototypes[name].weight
         for a, crop in enumerate(swav.assign):
             rows = s[crop].detach().float()
             if queued is not None:
@@ -131,10 +131,10 @@ def is_logged(step: int, config: TrainConfig) -> bool:
     return step % config.log_every_steps == 0 or step == config.max_steps - 1
 
 
-def _summarise(found: list[dict[str, Tensor]], modalities: Sequence[str]) -> dict[str, Tensor]:
+def _summarise(found: list[dict[str, Tensor]], groups: Sequence[str]) -> dict[str, Tensor]:
     metrics = {
         name: torch.stack([values[name] for values in found]).mean() for name in ("loss", "loss_minus_ln_k")
     }
-    for modality, values in zip(modalities, found, strict=True):
-        metrics |= {f"m/{modality}/{name}": value for name, value in values.items()}
+    for group, values in zip(groups, found, strict=True):
+        metrics |= {f"m/{group}/{name}": value for name, value in values.items()}
     return metrics

@@ -9,7 +9,7 @@ from shards.errors import UserError
 from trainer.config import ModelConfig, SwavConfig, TrainConfig, few_samples_warning, load_config
 from trainer.optim import build_optimizer
 from trainer.step import as_groups, assign_codes, train_step
-from trainer.swav.model import MultiModalSwav, modality_slices
+from trainer.swav.model import MultiModalSwav, group_slices
 from trainer.swav.queue import FeatureQueue, build_queue
 from trainer.swav.sinkhorn import sinkhorn
 
@@ -22,7 +22,7 @@ def _features(value: float, b: int = 2) -> torch.Tensor:
 
 
 def test_queue_is_full_by_count_and_drops_the_oldest():
-    queue = FeatureQueue(length=6, n_modalities=3, n_assigned=2, feature_dim=4)
+    queue = FeatureQueue(length=6, n_groups=3, n_assigned=2, feature_dim=4)
     for i, full in enumerate((False, False, True, True)):
         queue.enqueue(
             _features(float(i))
@@ -32,14 +32,14 @@ def test_queue_is_full_by_count_and_drops_the_oldest():
 
 
 def test_queue_holds_detached_float32():
-    queue = FeatureQueue(length=2, n_modalities=3, n_assigned=2, feature_dim=4)
+    queue = FeatureQueue(length=2, n_groups=3, n_assigned=2, feature_dim=4)
     queue.enqueue(_features(0.5).bfloat16().requires_grad_())
     assert queue.features.dtype == torch.float32
     assert not queue.features.requires_grad
 
 
 def test_ranks_parts_cover_the_queue_once():
-    queue = FeatureQueue(length=10, n_modalities=1, n_assigned=1, feature_dim=1)
+    queue = FeatureQueue(length=10, n_groups=1, n_assigned=1, feature_dim=1)
     queue.features[0, 0, :, 0] = torch.arange(10)
     for world in (1, 2, 3, 4):
         parts = torch.cat([queue.part(rank, world).flatten() for rank in range(world)])
@@ -47,7 +47,7 @@ def test_ranks_parts_cover_the_queue_once():
 
 
 def test_queue_continues_after_a_save_and_refuses_another_shape():
-    a, b = (FeatureQueue(length=6, n_modalities=3, n_assigned=2, feature_dim=4) for _ in range(2))
+    a, b = (FeatureQueue(length=6, n_groups=3, n_assigned=2, feature_dim=4) for _ in range(2))
     for i in range(4):
         a.enqueue(_features(float(i)))
     b.load_state_dict(a.state_dict())
@@ -60,7 +60,7 @@ def test_queue_continues_after_a_save_and_refuses_another_shape():
 
 
 def test_saved_state_is_a_copy():
-    queue = FeatureQueue(length=2, n_modalities=3, n_assigned=2, feature_dim=4)
+    queue = FeatureQueue(length=2, n_groups=3, n_assigned=2, feature_dim=4)
     state = queue.state_dict()
     queue.enqueue(_features(1.0))
     assert state["features"].sum() == 0
@@ -69,7 +69,7 @@ def test_saved_state_is_a_copy():
 
 def test_queue_refuses_a_batch_that_does_not_divide_it():
     with pytest.raises(ValueError, match="no multiple of 4"):
-        FeatureQueue(length=6, n_modalities=3, n_assigned=2, feature_dim=4).enqueue(_features(1.0, b=4))
+        FeatureQueue(length=6, n_groups=3, n_assigned=2, feature_dim=4).enqueue(_features(1.0, b=4))
 
 
 def test_config_refuses_a_queue_that_is_no_multiple_of_the_batch_and_names_the_nearest():
@@ -138,6 +138,37 @@ def test_uint8_crops_are_scaled_and_bfloat16_gives_float32_scores():
     assert torch.allclose(z.norm(dim=2), torch.ones(2, 4), atol=1e-5)
 
 
+def test_shared_groups_are_one_swav_over_the_whole_batch_as_if_it_had_one_modality():
+    crops = [torch.rand(2, 8, 1, 16, 16), torch.rand(3, 8, 1, 12, 12)]
+    losses = {}
+    for modalities, groups in (
+        (("xr", "ct"), "shared"),
+        (("xr",), "per-modality"),
+        (("xr", "ct"), "per-modality"),
+    ):
+        config = TrainConfig.model_validate(
+            {
+                "data": {"batch_size": 8, "modalities": modalities},
+                "views": {"crops": [{"count": 2, "size": 16}, {"count": 3, "size": 12}]},
+                "model": {"backbone": "resnet-tiny", "hidden_dim": 16, "feature_dim": 8},
+                "swav": {
+                    "groups": groups,
+                    "prototypes": 10,
+                    "queue_length": 16,
+                    "freeze_prototypes_steps": 1,
+                },
+            }
+        )
+        torch.manual_seed(0)
+        model, queue = MultiModalSwav(config.model, config.swav, modalities), build_queue(config)
+        optimizer = build_optimizer(model, config.optim)
+        metrics = [train_step(model, optimizer, queue, crops, step, config) for step in range(5)]
+        losses[modalities, groups] = [float(m["loss"]) for m in metrics]
+        assert ("m/all/loss" in metrics[0]) is (groups == "shared")
+    assert losses[("xr", "ct"), "shared"] == losses[("xr",), "per-modality"]
+    assert losses[("xr", "ct"), "shared"] != losses[("xr", "ct"), "per-modality"]
+
+
 def test_same_size_crops_share_one_backbone_forward_and_all_share_the_heads():
     model = MultiModalSwav(MODEL, SWAV, ("xr",))
     seen: list[tuple[int, ...]] = []
@@ -164,9 +195,9 @@ def test_crop_layouts_are_equivalent():
 
 def test_slices_refuse_images_that_do_not_fit_the_modalities():
     with pytest.raises(ValueError, match="no multiple"):
-        modality_slices(7, 2)
+        group_slices(7, 2)
     with pytest.raises(ValueError, match="do not share"):
-        modality_slices(6, 2, (3, 4))
+        group_slices(6, 2, (3, 4))
 
 
 def test_a_step_learns_two_kinds_of_images_apart():

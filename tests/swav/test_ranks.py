@@ -76,7 +76,7 @@ class Pooled(nn.Linear):
         return super().forward(adaptive_avg_pool2d(x, 3).flatten(1)).tanh()
 
 
-def _config(optimizer: str, queue_length: int) -> TrainConfig:
+def _config(optimizer: str, queue_length: int, groups: str = "per-modality") -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "max_steps": 8,
@@ -85,6 +85,7 @@ def _config(optimizer: str, queue_length: int) -> TrainConfig:
             "views": {"crops": [{"count": 2, "size": 8}, {"count": 3, "size": 6}]},
             "model": {"backbone": "resnet-tiny", "hidden_dim": 16, "feature_dim": 12},
             "swav": {
+                "groups": groups,
                 "prototypes": 20,
                 "queue_length": queue_length,
                 "queue_start_step": 1,
@@ -128,19 +129,26 @@ def _train(
     return core.state_dict(), {k: float(v) for k, v in metrics.items()}, queue
 
 
-def _train_rank(rank: int, world: int, optimizer: str, queue_length: int, uneven: bool) -> Any:
-    state, metrics, queue = _train(_config(optimizer, queue_length), rank, world, uneven)
+def _train_rank(
+    rank: int, world: int, optimizer: str, queue_length: int, uneven: bool, groups: str = "per-modality"
+) -> Any:
+    state, metrics, queue = _train(_config(optimizer, queue_length, groups), rank, world, uneven)
     return state, metrics, None if queue is None else queue.state_dict()
 
 
 @pytest.mark.parametrize(
-    ("world", "optimizer", "queue_length", "uneven"),
-    [(2, "larc-sgd", 72, False), (3, "adamw", 108, False), (3, "larc-sgd", 0, True)],
+    ("world", "optimizer", "queue_length", "uneven", "groups"),
+    [
+        (2, "larc-sgd", 72, False, "per-modality"),
+        (3, "adamw", 108, False, "per-modality"),
+        (3, "larc-sgd", 0, True, "per-modality"),
+        (2, "larc-sgd", 72, False, "shared"),
+    ],
 )
-def test_g5_training_equals_one_process(world, optimizer, queue_length, uneven):
+def test_g5_training_equals_one_process(world, optimizer, queue_length, uneven, groups):
     torch.set_num_threads(1)
-    ranks = run_ranks(_train_rank, world, optimizer, queue_length, uneven)
-    state, metrics, queue = _train(_config(optimizer, queue_length), 0, 1)
+    ranks = run_ranks(_train_rank, world, optimizer, queue_length, uneven, groups)
+    state, metrics, queue = _train(_config(optimizer, queue_length, groups), 0, 1)
     for rank_state, rank_metrics, rank_queue in ranks:
         for name, value in state.items():
             assert (rank_state[name] - value).abs().max() <= (1e-6 if optimizer == "larc-sgd" else 1e-5), name
@@ -148,9 +156,10 @@ def test_g5_training_equals_one_process(world, optimizer, queue_length, uneven):
         for name, value in metrics.items():
             assert rank_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
         if queue is not None:
-            assert int(rank_queue["filled"]) == queue.filled == 7 * 12
+            assert int(rank_queue["filled"]) == queue.filled == 7 * (36 if groups == "shared" else 12)
             assert torch.equal(rank_queue["features"], ranks[0][2]["features"])
-            assert (rank_queue["features"] - queue.features).abs().max() <= 1e-5
+            if groups == "per-modality":  # one group of all modalities holds them in the order of the ranks
+                assert (rank_queue["features"] - queue.features).abs().max() <= 1e-5
 
 
 def _count_collectives(rank: int, world: int) -> list[str]:

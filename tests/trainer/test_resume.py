@@ -68,6 +68,19 @@ def test_killed_trainer_goes_on_with_exactly_the_same_losses(tmp_path, straight,
     assert encoder_bytes(tmp_path) == encoder_bytes(straight)
 
 
+def test_one_sinkhorn_for_all_goes_on_exactly_and_reports_under_one_name(tmp_path):
+    config, seen = tiny(swav__groups="shared"), []
+    run(tmp_path / "straight", config, on_metrics=seen.append)
+    run(tmp_path / "stopped", config, should_stop=stop_after(5))
+    run(tmp_path / "stopped", config)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    assert encoder_bytes(tmp_path / "stopped") == encoder_bytes(tmp_path / "straight")
+    names = {name.split("/")[1] for metrics in seen for name in metrics if name.startswith("m/")}
+    assert names == {"all"}
+    with pytest.raises(UserError, match=r"swav\.groups was"):
+        run(tmp_path / "straight")
+
+
 def encoder_bytes(run_dir: Path) -> bytes:
     return (run_dir / "encoder.safetensors").read_bytes()
 

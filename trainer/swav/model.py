@@ -1,4 +1,4 @@
-"""Backbone, projection head and the prototypes of each modality as one module: DDP sees all parameters."""
+"""Backbone, projection head and the prototypes of each group as one module: DDP sees all parameters."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,11 +14,14 @@ from trainer.swav.prototypes import Prototypes
 
 
 class MultiModalSwav(nn.Module):
-    """method.md eq. 3: shared `backbone` and `projection_head`, `prototypes` of each modality's own."""
+    """method.md eq. 3: shared `backbone` and `projection_head`, `prototypes` of each modality's own.
+
+    groups: names of what has prototypes of its own, the modalities or, with swav.groups=shared, one for all.
+    """
 
     def __init__(self, model: ModelConfig, swav: SwavConfig, modalities: Sequence[str]) -> None:
         super().__init__()
-        self.modalities = tuple(modalities)
+        self.groups = swav.names(modalities)
         backbone = build_backbone(model.backbone, model.in_channels)
         head = projection_head(backbone.feature_dim, model.hidden_dim, model.feature_dim)
         if model.sync_batchnorm:
@@ -26,22 +29,22 @@ class MultiModalSwav(nn.Module):
             head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
         self.backbone: nn.Module = backbone
         self.projection_head: nn.Module = head
-        self.prototypes = Prototypes(self.modalities, model.feature_dim, swav.prototypes)
+        self.prototypes = Prototypes(self.groups, model.feature_dim, swav.prototypes)
 
     def forward(
         self, crops: Sequence[Tensor], sizes: Sequence[int] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Unit features [V, n, F] and, for each modality, scores [V, b_m, K]; both float32, with gradient.
+        """Unit features [V, n, F] and, for each group, scores [V, b_m, K]; both float32, with gradient.
 
         crops: per crop group [count, n, C, *spatial], float in [0, 1] or uint8; images are modality-major.
-        sizes: images of each modality in n; default: n / M of each. V = sum of the counts, in the groups'
+        sizes: images of each group in n; default: equal parts. V = sum of the counts, in the groups'
         order.
         """
         self.prototypes.normalize()
         n = crops[0].shape[1]
         pooled = self._pool(crops)  # [V * n, D]
         z = normalize(self.projection_head(pooled).float(), dim=1).unflatten(0, (-1, n))
-        parts = modality_slices(n, len(self.modalities), sizes)
+        parts = group_slices(n, len(self.groups), sizes)
         return z, self.prototypes.scores([z[:, part] for part in parts])
 
     def _pool(self, crops: Sequence[Tensor]) -> Tensor:
@@ -59,15 +62,15 @@ class MultiModalSwav(nn.Module):
         return torch.cat(pooled)
 
 
-def modality_slices(n: int, n_modalities: int, sizes: Sequence[int] | None = None) -> list[slice]:
-    """Where each modality's images lie in a modality-major batch of n."""
+def group_slices(n: int, n_groups: int, sizes: Sequence[int] | None = None) -> list[slice]:
+    """Where each group's images lie in a modality-major batch of n."""
     if sizes is None:
-        if n % n_modalities:
-            raise ValueError(f"{n} images are no multiple of {n_modalities} modalities")
-        sizes = [n // n_modalities] * n_modalities
-    if len(sizes) != n_modalities or sum(sizes) != n:
-        raise ValueError(f"sizes {list(sizes)} do not share {n} images among {n_modalities} modalities")
-    edges = [sum(sizes[:i]) for i in range(n_modalities + 1)]
+        if n % n_groups:
+            raise ValueError(f"{n} images are no multiple of {n_groups} groups")
+        sizes = [n // n_groups] * n_groups
+    if len(sizes) != n_groups or sum(sizes) != n:
+        raise ValueError(f"sizes {list(sizes)} do not share {n} images among {n_groups} groups")
+    edges = [sum(sizes[:i]) for i in range(n_groups + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
 
 

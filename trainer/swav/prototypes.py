@@ -1,4 +1,4 @@
-"""Prototypes of each modality: unit vectors, no bias, frozen at first (method.md, traps 6)."""
+"""Prototypes of each group: unit vectors, no bias, frozen at first (method.md, traps 6)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from torch.nn.functional import normalize
 
 
 class Prototypes(nn.ModuleDict):
-    """A Linear [K, F] without bias per modality; keys are the modalities' names, in the batch's order."""
+    """A Linear [K, F] without bias per group of images; keys are the groups' names, in the batch's order."""
 
-    def __init__(self, modalities: Sequence[str], feature_dim: int, count: int) -> None:
-        super().__init__({m: nn.Linear(feature_dim, count, bias=False) for m in modalities})
+    def __init__(self, groups: Sequence[str], feature_dim: int, count: int) -> None:
+        super().__init__({g: nn.Linear(feature_dim, count, bias=False) for g in groups})
         self.normalize()
         self.register_load_state_dict_post_hook(_normalize_after_load)
 
@@ -24,7 +24,7 @@ class Prototypes(nn.ModuleDict):
             weight.copy_(normalize(weight, dim=1))
 
     def scores(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Features of each modality [V, b_m, F] (unit, float32) to scores [V, b_m, K], float32 whatever
+        """Features of each group [V, b_m, F] (unit, float32) to scores [V, b_m, K], float32 whatever
         autocast says.
         """
         with torch.autocast(features[0].device.type, enabled=False):
