@@ -5,7 +5,8 @@ principle 5). The defaults are Table I of the paper, column 2D.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,10 @@ from shards.settings import apply_override
 SHARED = "all"  # name of the one group of swav.groups=shared, in metrics and prototypes
 Probability = float
 Range = tuple[float, float]
+BackboneOption = bool | int | float | str
+
+OWN_BACKBONES = ("resnet-tiny", "resnet18", "resnet50", "resnet152", "resnet50w2", "resnet50w4")
+LIBRARIES = ("torchvision", "timm")
 
 
 class _Strict(BaseModel):
@@ -144,13 +149,33 @@ class ViewConfig(_Strict):
 
 
 class ModelConfig(_Strict):
-    backbone: Literal["resnet-tiny", "resnet18", "resnet50", "resnet152", "resnet50w2", "resnet50w4"] = (
-        "resnet50"
-    )
+    backbone: str = "resnet50"  # one of OWN_BACKBONES, torchvision:NAME, timm:NAME or package.module:function
+    backbone_options: dict[str, BackboneOption] = {}  # arguments of a backbone that is not ours
     in_channels: int = Field(default=1, gt=0)  # 1: grey images as they are
     hidden_dim: int = Field(default=2048, gt=0)  # projection head: Linear-BN-ReLU-Linear
     feature_dim: int = Field(default=128, gt=0)
     sync_batchnorm: bool = False
+
+    @model_validator(mode="after")
+    def _known_backbone(self) -> "ModelConfig":
+        check_backbone(self.backbone, self.backbone_options)
+        return self
+
+
+def check_backbone(name: str, options: Mapping[str, BackboneOption]) -> None:
+    """Hold a backbone's name and options to what may be built; nothing is imported. Raises ValueError."""
+    library, _, kind = name.rpartition(":")
+    plain = kind.isidentifier() if library not in LIBRARIES else re.fullmatch(r"[A-Za-z0-9_.]+", kind)
+    if name not in OWN_BACKBONES and not (plain and all(p.isidentifier() for p in library.split("."))):
+        raise ValueError(
+            f"backbone={name!r} is none of {', '.join(OWN_BACKBONES)}, torchvision:NAME, timm:NAME or "
+            "package.module:function"
+        )
+    if options and name in OWN_BACKBONES:
+        raise ValueError(f"backbone_options are for other backbones than {name}, which has none")
+    weights = [option for option in options if re.match(r"pretrained|weights|checkpoint|cache", option)]
+    if library in LIBRARIES and weights:
+        raise ValueError(f"backbone_options.{weights[0]} loads weights: set model.init_weights instead")
 
 
 class SwavConfig(_Strict):

@@ -2,22 +2,30 @@
 
 The tensors carry torchvision's state-dict names, so a ResNet of another library can load them too. What is
 needed to rebuild the network travels in the header of the file itself.
+
+    encoder, info = load_encoder(Path("encoder.safetensors"))
+    features = encoder(images)  # [n, 1, H, W] in [0, 1] to [n, encoder.feature_dim]
+
+A file never leads to code that its reader has not named: where the backbone is a function of the user
+(`package.module:function`), load_encoder wants that name once more.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from shards.errors import UserError
 from trainer import files
-from trainer.config import IntensityConfig, TrainConfig
-from trainer.models.resnet import build_backbone
+from trainer.config import BackboneOption, IntensityConfig, TrainConfig, check_backbone
+from trainer.models.encoders import build_encoder, is_users_own
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: backbone_options
+READABLE_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class EncoderInfo:
     seed: int
     split: str
     intensity: dict[str, IntensityConfig]
+    backbone_options: dict[str, BackboneOption] = field(default_factory=dict)
 
 
 def encoder_info(config: TrainConfig, step: int, dataset_fingerprint: str) -> EncoderInfo:
@@ -46,6 +55,7 @@ def encoder_info(config: TrainConfig, step: int, dataset_fingerprint: str) -> En
         seed=config.seed,
         split=config.data.split,
         intensity=config.data.intensity,
+        backbone_options=config.model.backbone_options,
     )
 
 
@@ -58,8 +68,20 @@ def save_encoder(path: Path, backbone: nn.Module, info: EncoderInfo) -> None:
         files.replace_file(path.with_suffix(".json"), text.encode())
 
 
-def load_encoder(path: Path) -> tuple[nn.Module, EncoderInfo]:
-    """Rebuild the backbone in eval mode, on the CPU, with strict names. Raises UserError."""
+def load_encoder(path: Path, backbone: str | None = None) -> tuple[nn.Module, EncoderInfo]:
+    """Rebuild the backbone in eval mode, on the CPU, with strict names.
+
+    backbone: the name in the file, where that is a function of the user's own. Raises UserError.
+    """
+    tensors, info = read_encoder(path)
+    check_named(info.backbone, backbone, path.name)
+    network = build_encoder(info.backbone, info.in_channels, info.backbone_options)
+    load_strictly(network, tensors, f"{path.name} does not fit {info.backbone}")
+    return network.eval(), info
+
+
+def read_encoder(path: Path) -> tuple[dict[str, Tensor], EncoderInfo]:
+    """Tensors and description of an encoder file; nothing is built. Raises UserError."""
     if not path.is_file():
         raise UserError(
             f"there is no encoder file {path.name}: a finished run writes RUN/encoder.safetensors"
@@ -74,16 +96,31 @@ def load_encoder(path: Path) -> tuple[nn.Module, EncoderInfo]:
         raise UserError(
             f"{path.name} holds tensors but no description of an encoder: use RUN/encoder.safetensors"
         )
-    info = _read_info(text)
-    backbone = build_backbone(info.backbone, info.in_channels)
-    expected = backbone.state_dict().keys()
-    if expected != tensors.keys():
-        wrong = sorted(expected ^ tensors.keys())
+    return tensors, _read_info(text)
+
+
+def check_named(recorded: str, given: str | None, where: str) -> None:
+    """A file must not choose which code of the user runs. Raises UserError."""
+    if given is not None and given != recorded:
+        raise UserError(f"{where} was made with the backbone {recorded}, not {given}: give that name")
+    if given is None and is_users_own(recorded):
         raise UserError(
-            f"{path.name} does not fit {info.backbone}: {len(wrong)} names differ, first {wrong[0]}"
+            f"{where} was made with {recorded}, which is no code of this package: if you trust it, name it, "
+            f"--backbone {recorded}"
         )
-    backbone.load_state_dict(tensors)
-    return backbone.eval(), info
+
+
+def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], problem: str) -> None:
+    """load_state_dict that says what differs in one line. Raises UserError that begins with `problem`."""
+    expected = network.state_dict()
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    if wrong:
+        raise UserError(f"{problem}: {len(wrong)} names differ, first {wrong[0]}")
+    shapes = [name for name, value in expected.items() if value.shape != tensors[name].shape]
+    if shapes:
+        was, now = list(tensors[shapes[0]].shape), list(expected[shapes[0]].shape)
+        raise UserError(f"{problem}: {len(shapes)} shapes differ, first {shapes[0]} {was}, wanted {now}")
+    network.load_state_dict(dict(tensors))
 
 
 def _info_text(info: EncoderInfo) -> str:
@@ -93,8 +130,13 @@ def _info_text(info: EncoderInfo) -> str:
 
 def _read_info(text: str) -> EncoderInfo:
     tree = json.loads(text)
-    if tree.pop("format") != FORMAT_VERSION:
+    if tree.pop("format") not in READABLE_VERSIONS:
         raise UserError("the encoder file has another format version: export it again with this version")
     tree["modalities"] = tuple(tree["modalities"])
     tree["intensity"] = {n: IntensityConfig.model_validate(v) for n, v in tree["intensity"].items()}
-    return EncoderInfo(**tree)
+    info = EncoderInfo(**tree)
+    try:
+        check_backbone(info.backbone, info.backbone_options)
+    except ValueError as error:
+        raise UserError(f"the description in the encoder file is wrong: {error}") from None
+    return info

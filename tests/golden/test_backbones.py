@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d, max_pool2d
 
+from trainer.models import libraries
 from trainer.models.resnet import ResNet, build_backbone
 
 # torchvision's published totals less its classifier (1000 classes)
@@ -110,17 +111,24 @@ def test_g9_forward_equals_the_definition():
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-def test_g9_forward_equals_torchvision_where_it_is_installed():
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_g9_keys_and_forward_equal_torchvisions(name):
     torch.manual_seed(0)
-    for name in ("resnet50", "resnet152"):
-        reference = getattr(models, name)(weights=None).eval()
-        reference.fc = torch.nn.Identity()
-        ours = build_backbone(name, 3).eval()
-        ours.load_state_dict(reference.state_dict())
-        x = torch.rand(1, 3, 96, 96)
-        with torch.no_grad():
-            assert torch.allclose(ours(x), reference(x), rtol=1e-4, atol=1e-5)
+    reference = getattr(libraries.torchvision().models, name)(weights=None).eval()
+    reference.fc = torch.nn.Identity()
+    ours = build_backbone(name, 3).eval()
+    with torch.no_grad():
+        for leaf, value in reference.named_buffers():
+            if leaf.endswith("running_mean"):
+                value.uniform_(-0.1, 0.1)
+            if leaf.endswith("running_var"):
+                value.uniform_(0.5, 1.5)
+        state = reference.state_dict()
+        assert list(ours.state_dict()) == list(state)
+        ours.load_state_dict(state)
+        x = torch.rand(2, 3, 96, 80)
+        found, expected = ours(x), reference(x)
+    assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
 
 
 def test_tiny_resnet_keeps_resolution_on_small_crops():

@@ -32,7 +32,7 @@ from trainer.downstream.knn import knn_auc
 from trainer.downstream.linear import linear_probe_auc
 from trainer.downstream.splits import ProbeSplit, Protocol
 from trainer.export import EncoderInfo
-from trainer.models.resnet import build_backbone
+from trainer.models.encoders import build_encoder
 
 Encoder = tuple[nn.Module, EncoderInfo]
 Progress = Callable[[int, int, str], None]
@@ -114,7 +114,7 @@ def random_encoder(info: EncoderInfo, seed: int) -> nn.Module:
     """The same network as it was before any training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_backbone(info.backbone, info.in_channels).eval()
+        return build_encoder(info.backbone, info.in_channels, info.backbone_options).eval()
 
 
 def load_labelled(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from trainer.config import ModelConfig, SwavConfig
+from trainer.models.encoders import build_encoder, feature_dim
 from trainer.models.heads import projection_head
-from trainer.models.resnet import build_backbone
 from trainer.swav.prototypes import Prototypes
 
 
@@ -22,8 +22,8 @@ class MultiModalSwav(nn.Module):
     def __init__(self, model: ModelConfig, swav: SwavConfig, modalities: Sequence[str]) -> None:
         super().__init__()
         self.groups = swav.names(modalities)
-        backbone = build_backbone(model.backbone, model.in_channels)
-        head = projection_head(backbone.feature_dim, model.hidden_dim, model.feature_dim)
+        backbone = build_encoder(model.backbone, model.in_channels, model.backbone_options)
+        head = projection_head(feature_dim(backbone), model.hidden_dim, model.feature_dim)
         if model.sync_batchnorm:
             backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
             head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
