@@ -12,145 +12,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from shards.errors import UserError
 from shards.settings import apply_override
+from trainer.config_data import CropConfig as CropConfig
+from trainer.config_data import DataConfig as DataConfig
+from trainer.config_data import IntensityConfig as IntensityConfig
+from trainer.config_data import Range as Range
+from trainer.config_data import Strict
+from trainer.config_data import ViewConfig as ViewConfig
 
 SHARED = "all"  # name of the one group of swav.groups=shared, in metrics and prototypes
-Probability = float
-Range = tuple[float, float]
 BackboneOption = bool | int | float | str
 
 OWN_BACKBONES = ("resnet-tiny", "resnet18", "resnet50", "resnet152", "resnet50w2", "resnet50w4")
 LIBRARIES = ("torchvision", "timm")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class IntensityConfig(_Strict):
-    """How stored pixels become [0, 1]. `recorded`: the DICOM window, percentiles where there is none;
-    `fixed`: `center` and `width`; `percentile`: the 0.5th to the 99.5th percentile of the image."""
-
-    mode: Literal["recorded", "fixed", "percentile"] = "percentile"
-    center: float | None = None
-    width: float | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _fixed_needs_window(self) -> "IntensityConfig":
-        if (self.mode == "fixed") != (self.center is not None and self.width is not None):
-            raise ValueError("center and width go with mode=fixed, and mode=fixed needs both")
-        return self
-
-
-class DataConfig(_Strict):
-    """What is read: `batch_size` is global and holds batch_size/len(modalities) images of each modality."""
-
-    dataset: str = ""
-    modalities: tuple[str, ...] = ("xr", "ct", "mr", "us")
-    split: Literal["train", "val", "test", "all"] = "train"
-    batch_size: int = Field(default=32, gt=0)
-    intensity: dict[str, IntensityConfig] = {"ct": IntensityConfig(mode="recorded")}
-    cache_bytes: int = Field(default=256 << 20, ge=0)  # decoded images and their bands, per worker process
-
-    @property
-    def per_modality(self) -> int:
-        """B/M: images of one modality in a global batch."""
-        return self.batch_size // len(self.modalities)
-
-    @model_validator(mode="after")
-    def _equal_subsets(self) -> "DataConfig":
-        count = len(self.modalities)
-        if count == 0 or len(set(self.modalities)) != count:
-            raise ValueError("data.modalities must name at least one modality, each once")
-        if self.batch_size % count:
-            low = self.batch_size - self.batch_size % count
-            raise ValueError(
-                f"data.batch_size={self.batch_size} is no multiple of the {count} modalities: "
-                f"use {max(low, count)} or {low + count}"
-            )
-        return self
-
-
-class CropConfig(_Strict):
-    """One group of crops of equal size. `share` is the fraction of the (border-cropped) image area that a
-    crop covers, drawn uniformly; it is used by geometry `recommended` only."""
-
-    count: int = Field(gt=0)
-    size: int = Field(gt=0)  # px, square
-    share: Range = (0.14, 1.0)
-
-    @model_validator(mode="after")
-    def _share_is_a_fraction(self) -> "CropConfig":
-        if not 0 < self.share[0] <= self.share[1] <= 1:
-            raise ValueError(f"share={list(self.share)} must be a rising range of fractions above 0, up to 1")
-        return self
-
-
-class ViewConfig(_Strict):
-    """Multi-crop and the five augmentations, in their order: rescale, energy, gamma, linear, crop
-    (method.md sections 2, 3-A, 3-B, 3-H)."""
-
-    geometry: Literal["paper", "recommended"] = "recommended"
-    size_range: dict[str, Range] = {}  # px of the longer side per modality; geometry=paper only
-    default_size_range: Range = (600.0, 1200.0)
-    border: Range = (0.1, 0.1)  # fraction of height, width removed at each side before cropping
-    crops: tuple[CropConfig, ...] = (
-        CropConfig(count=2, size=224, share=(0.14, 1.0)),
-        CropConfig(count=6, size=92, share=(0.05, 0.14)),
-    )
-    sigmas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
-    energy_probability: Probability = Field(default=0.8, ge=0, le=1)
-    gamma_probability: Probability = Field(default=0.5, ge=0, le=1)
-    gamma: Range = (1.8, 2.6)
-    linear_probability: Probability = Field(default=0.5, ge=0, le=1)
-    linear_gain: Range = (0.9, 1.1)
-    linear_offset: Range = (-0.2, 0.2)
-    band_statistics: str | None = None  # file of `medswav fit-bands`; None: RUN/bands.json, fitted at start
-
-    @model_validator(mode="after")
-    def _possible(self) -> "ViewConfig":
-        if not all(0 <= b < 0.5 for b in self.border):
-            raise ValueError(f"border={list(self.border)} must be fractions below 0.5 of each side")
-        for low, high in (self.default_size_range, *self.size_range.values()):
-            if not 1 <= low <= high:
-                raise ValueError("size ranges must be rising ranges of pixels, from 1 on")
-        for name in ("gamma", "linear_gain", "linear_offset"):
-            low, high = getattr(self, name)
-            if not low <= high:
-                raise ValueError(f"{name}={[low, high]} must be a rising range")
-        if not self.gamma[0] > 0:
-            raise ValueError(f"gamma={list(self.gamma)} must be above 0")
-        if not self.crops:
-            raise ValueError("crops must name at least one group")
-        if not 1 <= len(self.sigmas) <= 16 or not all(sigma > 0 for sigma in self.sigmas):
-            raise ValueError("sigmas must be 1 to 16 positive numbers of pixels")
-        return self
-
-    @property
-    def n_crops(self) -> int:
-        return sum(c.count for c in self.crops)
-
-    @property
-    def whole_image_size(self) -> int:
-        """Side in px of a whole image at the scale of an average large crop, for evaluation.
-
-        A network is best where things are as large as in training; a whole image squeezed to the crop's own
-        size shows them smaller (Touvron et al., Fixing the train-test resolution discrepancy, 2019). 512 at
-        the most: probes hold all images of a modality in memory.
-        """
-        if self.geometry == "paper":
-            return min(round(sum(self.default_size_range) / 2), 512)
-        large = max(self.crops, key=lambda crop: crop.size)
-        inside = (1 - 2 * self.border[0]) * (1 - 2 * self.border[1])
-        return min(round(large.size / (sum(large.share) / 2 * inside) ** 0.5), 512)
-
-
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     backbone: str = "resnet50"  # one of OWN_BACKBONES, torchvision:NAME, timm:NAME or package.module:function
-    backbone_options: dict[str, BackboneOption] = {}  # arguments of a backbone that is not ours
+    backbone_options: dict[str, BackboneOption] = Field(
+        default={}
+    )  # arguments of a backbone that is not ours
     in_channels: int = Field(default=1, gt=0)  # 1: grey images as they are
     hidden_dim: int = Field(default=2048, gt=0)  # projection head: Linear-BN-ReLU-Linear
     feature_dim: int = Field(default=128, gt=0)
@@ -178,7 +62,7 @@ def check_backbone(name: str, options: Mapping[str, BackboneOption]) -> None:
         raise ValueError(f"backbone_options.{weights[0]} loads weights: set model.init_weights instead")
 
 
-class SwavConfig(_Strict):
+class SwavConfig(Strict):
     """`groups`: which images share prototypes, codes (one Sinkhorn), softmax and queue. `per-modality` is the
     method (method.md eq. 3); `shared` is the baseline, one SwAV over the whole batch as if M = 1."""
 
@@ -197,7 +81,7 @@ class SwavConfig(_Strict):
         return (SHARED,) if self.groups == "shared" else tuple(modalities)
 
 
-class OptimConfig(_Strict):
+class OptimConfig(Strict):
     optimizer: Literal["larc-sgd", "adamw"] = "larc-sgd"
     learning_rate: float = Field(default=0.6, gt=0)
     final_learning_rate: float = Field(default=0.0006, ge=0)
@@ -208,12 +92,12 @@ class OptimConfig(_Strict):
     larc_eps: float = 1e-8
 
 
-class CheckpointConfig(_Strict):
+class CheckpointConfig(Strict):
     every_steps: int = Field(default=1000, gt=0)
     keep: int = Field(default=3, gt=0)
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """The whole run. `max_steps` is the horizon of the cosine schedule; epochs derive from it."""
 
     seed: int = 0
