@@ -70,7 +70,7 @@ def pretrain(
     from trainer.config import check_device, few_samples_warning
 
     say = _printer(stream)
-    run_dir = run_dir.absolute()
+    run_dir, config = run_dir.absolute(), with_absolute_weights(config)
     began = time.monotonic()
     with StopFlag() as stop:  # from here on a signal ends with 130
         try:
@@ -141,9 +141,31 @@ def check(
         prepared = prepare(config, run_dir, look)
     maker = BatchMaker(config, 0, workers, prepared.bands, prepared.dataset_fingerprint)
     _ = maker.counts  # every modality has images
+    if newest_checkpoint(run_dir) == 0:
+        check_network(config, say)
     if stop:
         raise _StoppedError
     return prepared
+
+
+def with_absolute_weights(config: "TrainConfig") -> "TrainConfig":
+    """The ranks may have another working folder: a file of initial weights gets its whole path."""
+    given = config.model.init_weights
+    if given is None or given.startswith("torchvision:"):
+        return config
+    model = config.model.model_copy(update={"init_weights": str(Path(given).absolute())})
+    return config.model_copy(update={"model": model})
+
+
+def check_network(config: "TrainConfig", say: Callable[[str], None]) -> None:
+    """A network that is not ours, and weights to begin with, are tried before any rank starts. Raises
+    UserError."""
+    if config.model.init_weights is None and ":" not in config.model.backbone:
+        return  # and no torch is imported
+    from trainer.models.initial import check_model
+
+    for line in check_model(config):
+        say(f"pretrain: {line}")
 
 
 def is_complete(config: "TrainConfig", run_dir: Path, prepared: "Prepared") -> bool:

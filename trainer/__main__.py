@@ -42,9 +42,11 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on find_unused_parameters
     import torch
 
+    from trainer.checkpoint import list_steps
     from trainer.distributed import ReportedError, from_rank_zero, process_group
     from trainer.loop import train
     from trainer.meter import NotFiniteError
+    from trainer.models.initial import check_model
     from trainer.prepare import bands_digest, load_bands, prepare
     from trainer.workers import BatchWorkers, make_batches
 
@@ -59,6 +61,9 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
         with stop_flag() as stop, process_group(device) as (rank, world):
 
             def fingerprint() -> dict[str, str | None]:
+                if not list_steps(run_dir):
+                    for line in check_model(config):
+                        print(line, file=sys.stderr)
                 try:
                     return {"dataset": prepare(config, run_dir, stop.look).dataset_fingerprint}
                 except StoppedError:

@@ -36,6 +36,12 @@ class ModelConfig(Strict):
         default={}
     )  # arguments of a backbone that is not ours
     in_channels: int = Field(default=1, gt=0)  # 1: grey images as they are
+    init_weights: str | None = (
+        None  # FILE.safetensors, FILE.pth or torchvision:ResNet50_Weights.IMAGENET1K_V2
+    )
+    init_entry: str = ""  # the entry of a .pth file that holds the tensors, such as state_dict
+    init_prefix: str = ""  # what stands before the encoder's names in the file, such as "module."
+    init_partial: bool = False  # load what fits, and say what was left out and why
     hidden_dim: int = Field(default=2048, gt=0)  # projection head: Linear-BN-ReLU-Linear
     feature_dim: int = Field(default=128, gt=0)
     sync_batchnorm: bool = False
@@ -43,6 +49,10 @@ class ModelConfig(Strict):
     @model_validator(mode="after")
     def _known_backbone(self) -> "ModelConfig":
         check_backbone(self.backbone, self.backbone_options)
+        if self.init_weights is None and (self.init_entry or self.init_prefix or self.init_partial):
+            raise ValueError(
+                "init_entry, init_prefix and init_partial go with init_weights, which is not set"
+            )
         return self
 
 

@@ -5,11 +5,12 @@
 the same losses, exactly on a CPU, as one that was not.
 """
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from trainer.config import TrainConfig, check_device, check_world, few_samples_w
 from trainer.distributed import from_rank_zero
 from trainer.export import encoder_info, save_encoder
 from trainer.meter import Meter, OnMetrics, not_finite
+from trainer.models.initial import load_initial
 from trainer.optim import build_optimizer
 from trainer.step import train_step, unwrap
 from trainer.swav.model import MultiModalSwav
@@ -175,6 +177,8 @@ def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
 
     answer = from_rank_zero(decide, rank=run.rank, world=run.world, device=run.device)
     step = int(answer["step"])
+    if step == 0:
+        begin_with_weights(run, state)
     if step > 0:
         found = checkpoint.load(run.folder, step)
         restore_model(unwrap(state.model), found.part("model"))
@@ -182,6 +186,16 @@ def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
         if state.queue is not None:
             state.queue.load_state_dict(found.part("queue"))
     return step, Attempt(run.folder, int(answer["attempt"]))
+
+
+def begin_with_weights(run: Run, state: TrainState) -> None:
+    """model.init_weights into the backbone; rank 0 writes what was loaded to RUN/initial_weights.json."""
+    found = load_initial(unwrap(state.model).backbone, run.config.model)
+    if found is not None and run.rank == 0:
+        with files.disk_full_is_clear("starting the run"):
+            files.replace_file(
+                run.folder / "initial_weights.json", json.dumps(asdict(found), indent=1).encode()
+            )
 
 
 def _check_newest(run: Run) -> int:
