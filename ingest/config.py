@@ -14,7 +14,7 @@ from shards.ids import digest
 from shards.schema import FORMAT_VERSION
 
 # Raised with every change of a reading rule, so that datasets of two rule sets are never mixed.
-RULES_VERSION = 3
+RULES_VERSION = 4
 
 # Names that tables use for the DICOM modalities.
 MODALITY_NAMES = {

@@ -237,7 +237,8 @@ def _mapping(values: _Values, dtype: np.dtype) -> _Mapping:
 def _stored(plane: NDArray, volume: _Volume, mapping: _Mapping | None) -> tuple[NDArray, Row]:
     """Stored pixels of one plane and its slope and intercept columns. mapping None: int16 HU."""
     if mapping is None:
-        units = np.rint(np.nan_to_num(plane.astype(np.float64), nan=AIR_HU) * volume.slope + volume.intercept)
+        units = plane.astype(np.float64) * volume.slope + volume.intercept
+        units = np.rint(np.nan_to_num(units, nan=AIR_HU))  # outside of the body, whatever the slope
         slope = {"rescale_slope": volume.slope, "rescale_intercept": volume.intercept}
         return np.clip(units, AIR_HU, HIGHEST_HU).astype(np.int16), slope
     columns = {

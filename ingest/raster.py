@@ -1,5 +1,7 @@
 """PNG, JPEG and TIFF images that a table lists: 8 and 16 bits kept, colour to luma."""
 
+from dataclasses import dataclass
+
 import cv2
 import imagecodecs
 import numpy as np
@@ -11,12 +13,24 @@ from ingest.frames import Frame, Refused
 from ingest.values import check_pixels, limited
 from shards.schema import Reason, Row
 
-_PHOTOMETRIC = 262  # the TIFF tag
+# TIFF 6.0: tags and values.
+_COMPRESSION, _PHOTOMETRIC, _PLANAR, _COLOR_MAP = 259, 262, 284, 320
+_WHITE_IS_ZERO, _PALETTE, _PLANES, _JPEGS = 0, 3, 2, (6, 7)
+
+
+@dataclass(frozen=True)
+class _Tags:
+    """What of a TIFF the decoder leaves to us. palette: uint8 [entries, 3]. planes: colours lie apart."""
+
+    white_is_zero: bool = False
+    palette: NDArray | None = None
+    planes: bool = False
+    lossy: bool = False
 
 
 def read_raster(path: str, modality: str, rules: ReadRules) -> Frame:
     """The one image of a file (of several pages the first). Raises Refused."""
-    white_is_zero = _check_header(path, modality, rules)
+    tags = _check_header(path, modality, rules)
     with open(path, "rb") as file:
         data = file.read()
     try:
@@ -30,16 +44,20 @@ def read_raster(path: str, modality: str, rules: ReadRules) -> Frame:
         raise Refused(Reason.DECODE_FAILED, modality) from None
     if pixels is None:
         raise Refused(Reason.DECODE_FAILED, modality)
+    if tags.palette is not None and pixels.ndim == 2:
+        pixels = tags.palette[np.minimum(pixels, len(tags.palette) - 1)]
+    if tags.planes and pixels.ndim == 3:
+        pixels = np.moveaxis(pixels, 0, -1)
     gray, was_color = _gray(pixels, "RGB" if data[:2] in (b"II", b"MM") else "BGR", modality)
-    if white_is_zero:
+    if tags.white_is_zero:
         gray = np.iinfo(gray.dtype).max - gray
     columns: Row = {
         "original_rows": gray.shape[0],
         "original_columns": gray.shape[1],
         "bits_stored": 8 * gray.dtype.itemsize,
-        "inverted": white_is_zero,
+        "inverted": tags.white_is_zero,
         "was_color": was_color,
-        "lossy_source": data[:3] == b"\xff\xd8\xff",
+        "lossy_source": tags.lossy or data[:3] == b"\xff\xd8\xff",
     }
     if modality == "xr":
         gray, _ = limited(gray, {}, rules.xr_max_side)
@@ -50,23 +68,32 @@ def read_raster(path: str, modality: str, rules: ReadRules) -> Frame:
     return Frame(0, modality, gray, columns)
 
 
-def _check_header(path: str, modality: str, rules: ReadRules) -> bool:
-    """Hold the declared size to the limit before anything is decoded; whether a TIFF has WhiteIsZero.
-
-    Decoders leave WhiteIsZero (TIFF 6.0, PhotometricInterpretation 0) as it is: the user turns it.
-    """
+def _check_header(path: str, modality: str, rules: ReadRules) -> _Tags:
+    """Hold the declared size to the limit before anything is decoded. Raises Refused."""
     try:
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
             width, height = image.size
-            tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-            white_is_zero = tags.get(_PHOTOMETRIC) == 0
+            found = _tags(image.tag_v2) if isinstance(image, TiffImagePlugin.TiffImageFile) else _Tags()
     except Image.DecompressionBombError:
         raise Refused(Reason.TOO_LARGE, modality) from None
     except Exception:  # noqa: BLE001 - as above
         raise Refused(Reason.UNREADABLE, modality) from None
     if width * height > rules.max_frame_pixels:
         raise Refused(Reason.TOO_LARGE, modality)
-    return white_is_zero
+    return found
+
+
+def _tags(tags: TiffImagePlugin.ImageFileDirectory_v2) -> _Tags:
+    photometric = tags.get(_PHOTOMETRIC)
+    palette = None
+    if photometric == _PALETTE:  # all reds, greens, blues, of 16 bits each
+        palette = (np.array(tags[_COLOR_MAP], np.uint16).reshape(3, -1).T >> 8).astype(np.uint8)
+    return _Tags(
+        photometric == _WHITE_IS_ZERO,
+        palette,
+        tags.get(_PLANAR) == _PLANES,
+        tags.get(_COMPRESSION) in _JPEGS,
+    )
 
 
 def _gray(pixels: NDArray, order: str, modality: str) -> tuple[NDArray, bool]:

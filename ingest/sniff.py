@@ -14,6 +14,7 @@ _VALUE_REPRESENTATIONS = frozenset(
     b"AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV "
     b"OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
 )
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 _NIFTI_HEADER = {348: (344, (b"n+1\0", b"ni1\0")), 540: (4, (b"n+2\0\r\n\032\n", b"ni2\0\r\n\032\n"))}
 
 
@@ -37,7 +38,7 @@ def sniff(head: bytes) -> str:
     """dicom | nifti | raster | other."""
     if has_preamble(head) or _is_bare_dataset(head):
         return "dicom"
-    if head[:8] == b"\x89PNG\r\n\x1a\n" or head[:3] == b"\xff\xd8\xff" or head[:4] in (b"II*\0", b"MM\0*"):
+    if head[:8] == b"\x89PNG\r\n\x1a\n" or head[:3] == b"\xff\xd8\xff" or head[:4] in _TIFF:
         return "raster"
     if is_nifti(inflate_head(head)):
         return "nifti"

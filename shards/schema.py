@@ -101,7 +101,11 @@ COLUMNS: tuple[Column, ...] = (
     Column("pixel_digest", _S, "-", "SHA-256 of dtype, shape and stored pixels", False),
     Column("photometric", _S, "K", "PhotometricInterpretation of the source"),
     Column(
-        "inverted", _B, "-", "True where MONOCHROME1 or an INVERSE LUT was turned to larger = brighter", False
+        "inverted",
+        _B,
+        "-",
+        "True where MONOCHROME1, an INVERSE LUT or a negative slope was turned to larger = brighter",
+        False,
     ),
     Column("was_color", _B, "-", "True where luma was taken of a colour image", False),
     Column("lossy_source", _B, "K", "the source syntax was lossy", False),

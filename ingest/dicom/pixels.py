@@ -90,6 +90,8 @@ def _stored(
     if code == "CT":
         return Stored(to_hounsfield(gray, values, padding), 16, False, False)
     inverted = photometric == "MONOCHROME1" or _inverse_lut(dataset)
+    if values.slope is not None and values.slope < 0 and not was_color:
+        inverted = not inverted  # what is shown is value * slope (PS3.3 C.11.1): the larger, the darker
     if inverted:
         gray = invert(gray, bits, signed)
     return Stored(_narrow(gray, bits, signed), bits, inverted, was_color)

@@ -113,6 +113,13 @@ def test_ct_is_in_hounsfield_units(tmp_path):
     assert np.array_equal(found[0].pixels, expected) and found[0].pixels.dtype == np.int16
 
 
+def test_what_is_no_number_is_air_in_ct_whatever_the_slope(tmp_path):
+    data = volume("float32")
+    data[0, 0] = np.nan
+    found = frames(save(tmp_path / "v.nii", data, scl_slope=0.5, scl_inter=10), "ct")
+    assert {int(frame.pixels[-1, -1]) for frame in found} == {-1024}
+
+
 def test_without_an_orientation_there_is_no_geometry(tmp_path):
     path = save(tmp_path / "v.nii", volume(), sform_code=0, qform_code=0)
     raw = bytearray(path.read_bytes())

@@ -159,6 +159,20 @@ def test_an_inverse_presentation_lut_is_mirrored_once(tmp_path):
         assert np.array_equal(one(path).pixels, 4095 - raw.astype(int))
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_negative_slope_is_mirrored_with_its_window(tmp_path, photometric):
+    raw = grey("uint16", 12)
+    units = {"RescaleSlope": -2, "RescaleIntercept": 4095, "WindowCenter": 500, "WindowWidth": 400}
+    frame = one(write(tmp_path / "f", raw, "CR", 12, photometric=photometric, **units))
+    shown = (4095 - 2 * raw.astype(int)) * (1 if photometric == "MONOCHROME2" else -1)
+    order = np.argsort(shown, axis=None, kind="stable")
+    assert (np.diff(frame.pixels.ravel()[order].astype(int)) >= 0).all()  # the larger, the brighter
+    assert frame.columns["inverted"] is (photometric == "MONOCHROME2")
+    stored = (500 - 4095) / -2
+    assert frame.columns["window_center"] == (4095 - stored if photometric == "MONOCHROME2" else stored)
+    assert frame.columns["window_width"] == 200
+
+
 def test_the_window_of_an_mr_image_is_given_in_stored_values(tmp_path):
     path = write(
         tmp_path / "f", RescaleSlope=2, RescaleIntercept=10, WindowCenter=[110, 5], WindowWidth=[40, 5]
