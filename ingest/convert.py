@@ -12,7 +12,7 @@ import pyarrow as pa
 from ingest.config import IngestConfig
 from ingest.copies import copied, is_read, unread_reason
 from ingest.dedupe import Keys, Seen, image_keys, named_by, seen_before
-from ingest.deidentify import deidentification, make_row, source_id
+from ingest.deidentify import deidentification, make_row, sample_key, source_id
 from ingest.discover import Entry, unchanged
 from ingest.frames import Frame, Item, Refusal, Refused
 from ingest.plan import Unit
@@ -79,7 +79,8 @@ def run_unit(
         return _result(unit, standing)
     work = _Work(unit, config, names, reader or shared_reader(config))
     if unit.retry is not None:
-        work.seen = seen_before(_rows_of(store, unit.retry))
+        rows = list(_rows_of(store, unit.retry))
+        work.seen, work.standing = seen_before(rows), frozenset(row["key"] for row in rows)
     started = time.perf_counter()
     commit = commit_unit(
         store,
@@ -100,7 +101,7 @@ def run_unit(
 
 def _rows_of(store: Store, retry: Retry) -> Iterator[Row]:
     """What the unit and the attempts before have kept, by the columns that duplicates are known by."""
-    columns = ["instance", "frame", "modality", "pixel_digest", *GEOMETRY]
+    columns = ["key", "instance", "frame", "modality", "pixel_digest", *GEOMETRY]
     for name in family(retry.unit, retry.attempt - 1):
         commit = find_commit(store, name)
         for file in commit.images if commit else ():
@@ -132,6 +133,7 @@ class _Work:
         self.reader = reader
         self.codec: Codec = get_codec(config.codec)
         self.seen = Seen()
+        self.standing: frozenset[str] = frozenset()  # keys of samples that a retry finds there
         self.seconds = {"read": 0.0, "encode": 0.0}
         self.quarantine: list[QuarantineRow] = []
         self.kept: list[Kept] = []
@@ -154,7 +156,11 @@ class _Work:
         found: list[Keys] = []
         refusals: list[Refusal] = []
         kept: list[Kept] = []
+        stand = False
         for item in self._timed(read_entry(entry, self.reader)):
+            if isinstance(item, Frame) and self._stands(item, entry):
+                stand = True
+                continue
             made = item if isinstance(item, Refusal) else self._sample(item, entry)
             if isinstance(made, Refusal):
                 _check_source(made, entry)
@@ -167,7 +173,7 @@ class _Work:
                 if isinstance(item, Frame) and item.stack is not None:
                     kept.append(Kept(made[0].row, item.stack))
         whole = [refusal for refusal in refusals if refusal.frame == -1]
-        if not whole and not samples and len(refusals) == 1:
+        if not whole and not samples and not stand and len(refusals) == 1:
             whole = [replace(refusals[0], frame=-1)]  # its only image
         self._refuse(entry, whole or refusals)
         if whole:
@@ -175,6 +181,9 @@ class _Work:
         self.seen.add(found)
         self.kept += kept
         return samples
+
+    def _stands(self, frame: Frame, entry: Entry) -> bool:
+        return bool(self.standing) and sample_key(entry, frame.index, self.names) in self.standing
 
     def _sample(self, frame: Frame, entry: Entry) -> tuple[EncodedSample, Keys] | Refusal:
         """A frame encoded, or why it is not; CRASHED (the whole file) where our code fails on it."""

@@ -31,7 +31,7 @@ def make_row(frame: Frame, entry: Entry, unit: str, config: IngestConfig, names:
     identifiers, texts = frame.identifiers, frame.texts
     patient = patient_id(entry, identifiers, names)
     row: Row = {
-        "key": names.id("sample", f"{entry.identity}/{frame.index}"),
+        "key": sample_key(entry, frame.index, names),
         "source": source_id(entry.source, names),
         "unit": unit,
         "kind": entry.kind,
@@ -72,6 +72,11 @@ def _finite(value: Any) -> Any:
 def _known_id(names: Pseudonymizer, kind: str, text: str) -> str:
     """names.id: the slices of a series share all but one of these."""
     return names.id(kind, text)
+
+
+def sample_key(entry: Entry, frame: int, names: Pseudonymizer) -> str:
+    """The key of one frame of an input: the same for every unit that converts it."""
+    return names.id("sample", f"{entry.identity}/{frame}")
 
 
 def source_id(source: str, names: Pseudonymizer) -> str:

@@ -1,7 +1,7 @@
 """Refused inputs that are worth another try, as units of work: one for each unit that refused some."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,8 +60,9 @@ def chosen_reasons(given: Collection[str] | None) -> frozenset[str]:
 def retry_units(store: Store, inventory: Inventory, reasons: Collection[str]) -> tuple[list[Unit], int]:
     """Units of the refused inputs of these reasons, sorted by id; how many are not in the inventory.
 
-    Inputs that gave samples are left out: only what was refused as a whole is tried again. Memory: the
-    refused inputs and the plan of their units, 8 bytes an input of the inventory.
+    An input of which some frames were refused is read again as a whole: its samples stand, and what is
+    refused again takes the place of its earlier refusals. Memory: the refused inputs and the plan of their
+    units, 8 bytes an input of the inventory.
     """
     refused = _refused(store, list_commits(store), reasons)
     _add_plans(store, refused)
@@ -98,15 +99,16 @@ def _refused(store: Store, commits: list[Commit], reasons: Collection[str]) -> d
     found = {}
     for unit, members in sorted(families.items()):
         again = Counter[str]()
-        final: set[str] = set()
+        chosen: set[str] = set()
+        of_stacks: set[str] = set()  # their slices are samples: the row of the stack would be lost
         for commit in members:
             for source, reason in _refusals(store, commit, gone):
                 again[source] += 1
-                if reason not in reasons:
-                    final.add(source)
-        if again.keys() - final:
-            final |= _with_samples(store, members)
-        rows = {source: count for source, count in sorted(again.items()) if source not in final}
+                if reason in reasons:
+                    chosen.add(source)
+                elif reason in _OF_STACKS:
+                    of_stacks.add(source)
+        rows = {source: again[source] for source in sorted(chosen - of_stacks)}
         if rows:
             found[unit] = _Refused(sum(c.retry is not None for c in members), rows)
     return found
@@ -124,15 +126,6 @@ def _refusals(store: Store, commit: Commit, gone: dict[str, frozenset[str]]) -> 
             ) from None
     table = standing(table, commit.unit, gone)
     yield from zip(table["source"].to_pylist(), table["reason"].to_pylist(), strict=True)
-
-
-def _with_samples(store: Store, commits: Iterable[Commit]) -> set[str]:
-    sources: set[str] = set()
-    for commit in commits:
-        for file in commit.images:
-            with clear_errors(store.root):
-                sources.update(parquet.read(store, file.path, ["source"])["source"].to_pylist())
-    return sources
 
 
 def _add_plans(store: Store, refused: dict[str, _Refused]) -> None:

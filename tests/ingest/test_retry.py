@@ -1,12 +1,14 @@
 """Refused inputs tried again: each image once, each refusal counted once, whatever is killed or run twice."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ingest.convert import run_unit
 from ingest.discover import inventory
-from ingest.frames import Refusal
+from ingest.frames import Frame, Refusal
 from ingest.inventory import Inventory
 from ingest.retry import chosen_reasons, retry_units
 from ingest.sandbox import InlineReader
@@ -36,6 +38,23 @@ class Without:
             yield Refusal(Reason.CRASHED)
         else:
             yield from self._reader.read(path, kind, modality, member)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class Torn:
+    """The reader of a disk on which some frames (file, number) cannot be decoded."""
+
+    def __init__(self, settings, broken) -> None:
+        self._reader = InlineReader(settings.rules())
+        self._broken = broken
+
+    def read(self, path, kind, modality, member=""):
+        for item in self._reader.read(path, kind, modality, member):
+            index = item.index if isinstance(item, Frame) else item.frame
+            torn = (Path(path).name, index) in self._broken
+            yield Refusal(Reason.DECODE_FAILED, index, item.modality) if torn else item
 
     def close(self) -> None:
         self._reader.close()
@@ -150,6 +169,29 @@ def test_two_at_once_with_different_choices_commit_one_attempt(source, tmp_path)
     assert reasons_of(out) == ["crashed", "duplicate", "not_an_image"], "of theirs only"
     retry(source, out)
     assert catalog.load(out).num_rows == 4 and verify(out, deep=True).clean
+
+
+def test_frames_that_decode_the_second_time_join_those_of_their_file(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    write(source / "cine", np.stack([grey(seed=n) for n in range(3)]), number=0, frames=True)
+    flat = [grey(seed=3), np.zeros_like(grey()), grey(seed=4)]
+    write(source / "flat", np.stack(flat), number=1, frames=True)
+    ingest(source, tmp_path / "sound")
+
+    def run(broken) -> None:
+        settings = config(source, out)
+        again = units(settings) if not out.exists() else planned(source, out)[0]
+        for unit in again:
+            run_unit(unit, settings, NAMES, out, tmp_path / "scratch", Torn(settings, broken))
+
+    run({("cine", 0), ("cine", 2), ("flat", 2)})
+    assert reasons_of(out) == ["constant", "decode_failed", "decode_failed", "decode_failed"]
+    run({("cine", 2)})
+    assert reasons_of(out) == ["constant", "decode_failed"]
+    run(set())
+    assert reasons_of(out) == ["constant"] == reasons_of(tmp_path / "sound")
+    assert images(out) == images(tmp_path / "sound")
+    assert verify(out, deep=True).clean and not planned(source, out)[0]
 
 
 def test_killed_at_every_operation_and_run_again_the_dataset_is_the_same(source, tmp_path):
