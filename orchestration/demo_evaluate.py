@@ -95,6 +95,7 @@ def prototype_use(dataset: Path, run_dir: Path) -> dict[str, list[int]]:
     from torch.nn.functional import normalize
 
     from trainer.batches import eval_images
+    from trainer.build import build_model
     from trainer.checkpoint import newest
     from trainer.config import SHARED, TrainConfig
     from trainer.swav.model import MultiModalSwav
@@ -103,7 +104,9 @@ def prototype_use(dataset: Path, run_dir: Path) -> dict[str, list[int]]:
     if found is None:
         return {}
     config = TrainConfig.model_validate(found.state["config"])
-    model = MultiModalSwav(config.model, config.swav, config.data.modalities)
+    model = build_model(config)
+    if not isinstance(model, MultiModalSwav):
+        return {}
     model.load_state_dict(found.part("model"))
     model.eval()
     split = None if config.data.split == "all" else config.data.split

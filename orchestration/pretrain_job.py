@@ -363,6 +363,8 @@ def _failure_callback(control: Any) -> Any:
 def _note(step: Mapping[str, float]) -> str:
     wait, seconds = step.get("wait_seconds", 0.0), step.get("step_seconds", 0.0)
     share = f", data wait {100 * wait / seconds:.0f} %" if seconds else ""
+    if "loss_minus_chance" in step:  # of method=simclr
+        return f"loss - chance {step['loss_minus_chance']:+.3f}{share}"
     return f"loss - ln K {step.get('loss_minus_ln_k', float('nan')):+.3f}{share}"
 
 

@@ -150,8 +150,10 @@ def progress_line(metrics: dict[str, float], max_steps: int) -> str:
     step, seconds = int(metrics["step"]) + 1, metrics["step_seconds"]
     left = round((max_steps - step) * seconds)
     clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    names = {"loss_minus_ln_k": "minus ln K", "loss_minus_chance": "minus chance"}
+    below = "".join(f"{text} {metrics[name]:+.4f}  " for name, text in names.items() if name in metrics)
     return (
-        f"step {step}/{max_steps}  loss {metrics['loss']:.4f}  minus ln K {metrics['loss_minus_ln_k']:+.4f}  "
+        f"step {step}/{max_steps}  loss {metrics['loss']:.4f}  {below}"
         f"{seconds:.3f} s/step ({metrics['wait_seconds']:.3f} s waiting)  {clock} left"
     )
 

@@ -91,6 +91,13 @@ class SwavConfig(Strict):
         return (SHARED,) if self.groups == "shared" else tuple(modalities)
 
 
+class SimclrConfig(Strict):
+    """method=simclr: NT-Xent over the two crops of an image (Chen et al. 2020), the baseline without
+    prototypes."""
+
+    temperature: float = Field(default=0.1, gt=0)
+
+
 class OptimConfig(Strict):
     optimizer: Literal["larc-sgd", "adamw"] = "larc-sgd"
     learning_rate: float = Field(default=0.6, gt=0)
@@ -110,6 +117,7 @@ class CheckpointConfig(Strict):
 class TrainConfig(Strict):
     """The whole run. `max_steps` is the horizon of the cosine schedule; epochs derive from it."""
 
+    method: Literal["swav", "simclr"] = "swav"
     seed: int = 0
     max_steps: int = Field(default=100_000, gt=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
@@ -119,16 +127,36 @@ class TrainConfig(Strict):
     views: ViewConfig = ViewConfig()
     model: ModelConfig = ModelConfig()
     swav: SwavConfig = SwavConfig()
+    simclr: SimclrConfig = SimclrConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the groups of images that share prototypes and codes: the modalities, or `all`."""
+        """Names of the groups of images that have a loss of their own: the modalities, or `all`."""
         return self.swav.names(self.data.modalities)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
+        self._check_simclr() if self.method == "simclr" else self._check_swav()
+        if self.optim.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is more than max_steps={self.max_steps}: "
+                "the learning rate would never be reached"
+            )
+        return self
+
+    def _check_simclr(self) -> None:
+        _refuse_set("swav", self.swav, "method=simclr")
+        crops = self.views.crops
+        if [group.count for group in crops] != [2]:
+            raise ValueError(
+                f"method=simclr compares two crops of one size and would leave others unused: set "
+                f"views.crops=[{{count: 2, size: {crops[0].size}, share: {list(crops[0].share)}}}]"
+            )
+
+    def _check_swav(self) -> None:
+        _refuse_set("simclr", self.simclr, "method=swav")
         n_crops = self.views.n_crops
         assign = self.swav.assign
         if not assign or len(set(assign)) != len(assign) or not all(0 <= a < n_crops for a in assign):
@@ -142,12 +170,17 @@ class TrainConfig(Strict):
                 f"swav.queue_length={queue} is no multiple of data.batch_size={batch}: "
                 f"the nearest valid lengths are {low} and {low + batch} (0 switches the queue off)"
             )
-        if self.optim.warmup_steps > self.max_steps:
+
+
+def _refuse_set(name: str, section: Strict, because: str) -> None:
+    """A section that does not apply is at its defaults: what a user sets is never ignored."""
+    default = type(section)()
+    for field, value in section:
+        if value != getattr(default, field):
             raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps} is more than max_steps={self.max_steps}: "
-                "the learning rate would never be reached"
+                f"{name}.{field}={value} does nothing with {because}: leave the settings {name}.* out "
+                f"(--set {name}={{}} drops those of a preset)"
             )
-        return self
 
 
 def preset_names() -> list[str]:
@@ -199,7 +232,7 @@ def few_samples_warning(config: TrainConfig) -> str | None:
     samples = (config.data.batch_size + config.swav.queue_length) // len(config.groups)
     ratio = samples / config.swav.prototypes
     of = "step" if config.swav.groups == "shared" else "modality"
-    if ratio >= 0.3:
+    if ratio >= 0.3 or config.method != "swav":
         return None
     return (
         f"{samples} samples per {of} (batch and queue) for {config.swav.prototypes} prototypes is a "

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from trainer import attempts, checkpoint, files, journal
 from trainer.attempts import Attempt
+from trainer.build import build_model
 from trainer.config import TrainConfig, check_device, check_world, few_samples_warning
 from trainer.distributed import from_rank_zero
 from trainer.export import encoder_info, save_encoder
@@ -29,7 +30,6 @@ from trainer.meter import Meter, OnMetrics, not_finite
 from trainer.models.initial import load_initial
 from trainer.optim import build_optimizer
 from trainer.step import train_step, unwrap
-from trainer.swav.model import MultiModalSwav
 from trainer.swav.queue import FeatureQueue, build_queue
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def build_state(run: Run) -> TrainState:
     config = run.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model: nn.Module = MultiModalSwav(config.model, config.swav, config.data.modalities)
+        model: nn.Module = build_model(config)
     on_gpu = run.device.type == "cuda"
     model.to(run.device).train()
     if on_gpu:

@@ -9,14 +9,16 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from trainer.baselines.simclr import contrastive_diagnostics, nt_xent
 from trainer.config import TrainConfig
+from trainer.models.embedder import Embedder
 from trainer.optim import learning_rate, set_learning_rate
+from trainer.swav.codes import assign_codes
 from trainer.swav.diagnostics import modality_diagnostics
 from trainer.swav.loss import swapped_prediction
 from trainer.swav.model import MultiModalSwav, group_slices
 from trainer.swav.prototypes import freeze_prototypes
-from trainer.swav.queue import FeatureQueue, queue_part
-from trainer.swav.sinkhorn import sinkhorn_each
+from trainer.swav.queue import FeatureQueue
 
 
 def train_step(
@@ -32,11 +34,12 @@ def train_step(
 ) -> dict[str, Any]:
     """Updates model, optimizer and queue in place; returns metrics as detached tensors and floats.
 
-    model: MultiModalSwav, bare or in DistributedDataParallel, in training mode. crops: per crop group
+    model: of build_model, bare or in DistributedDataParallel, in training mode. crops: per crop group
     [count, n, C, S, S], [count, n, S, S] or [count * n, C, S, S], uint8 or float in [0, 1], on the model's
-    device. step: 0-based. autocast: bf16 forward. sizes: see MultiModalSwav.forward.
+    device. step: 0-based. autocast: bf16 forward. sizes: see Embedder.forward.
     Always returned: loss (this rank's) and learning_rate. On logged steps loss is the mean over ranks, and
-    there are loss_minus_ln_k and m/<modality>/<diagnostic> (m/all/... with swav.groups=shared).
+    there are m/<modality>/<diagnostic> (m/all/... with swav.groups=shared) and loss_minus_ln_k, or for SimCLR
+    loss_minus_chance.
     """
     core = unwrap(model)
     crops = as_groups(crops, config)
@@ -45,62 +48,50 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
 
     with torch.autocast(crops[0].device.type, torch.bfloat16, enabled=autocast):
-        features, scores = model(crops, sizes)  # [V, n, F]; per group [V, b, K]
-    parts = group_slices(features.shape[1], len(scores), sizes)
-    by_group = [features.detach()[:, part] for part in parts]
-    codes = assign_codes(core, scores, queue if queue is not None and queue.full else None, config, group)
-    losses = [
-        swapped_prediction(s, q, config.swav.assign, config.swav.temperature)
-        for s, q in zip(scores, codes, strict=True)
-    ]
-    shares = [s.shape[1] / features.shape[1] for s in scores]
-    loss = torch.stack([share * part for share, part in zip(shares, losses, strict=True)]).sum()
+        out = model(crops, sizes)
+    parts = group_slices(out.features.shape[1], len(core.groups), sizes)
+    assign, codes = config.swav.assign, []
+    if isinstance(core, MultiModalSwav):
+        assigned = [_crops_of(s.detach(), assign) for s in out.scores]
+        codes = assign_codes(core, assigned, queue, config.swav, group)
+        losses = [
+            swapped_prediction(s, q, assign, config.swav.temperature)
+            for s, q in zip(out.scores, codes, strict=True)
+        ]
+    else:
+        of_images = nt_xent(out.features, config.simclr.temperature, group)
+        losses = [of_images[part].mean() for part in parts]
+    loss = _weighted(losses, parts)
     loss.backward()
-    freeze_prototypes(core.prototypes, step, config.swav.freeze_prototypes_steps)
+    if isinstance(core, MultiModalSwav):
+        freeze_prototypes(core.prototypes, step, config.swav.freeze_prototypes_steps)
     optimizer.step()
 
+    by_group = [out.features.detach()[:, part] for part in parts]
     if queue is not None and step >= config.swav.queue_start_step:
-        assign = list(config.swav.assign)
-        queue.enqueue(torch.stack([z[assign] for z in by_group]), group)
+        queue.enqueue(torch.stack([_crops_of(z, assign) for z in by_group]), group)
     metrics: dict[str, Any] = {"loss": loss.detach(), "learning_rate": rate}
     if is_logged(step, config):
         detached = [part.detach() for part in losses]
-        found = modality_diagnostics(
-            detached, by_group, [s.detach() for s in scores], codes, config.swav.temperature, group
-        )
+        if codes:
+            scores = [s.detach() for s in out.scores]
+            found = modality_diagnostics(detached, by_group, scores, codes, config.swav.temperature, group)
+        else:
+            found = contrastive_diagnostics(detached, config.data.batch_size, group)
         metrics |= _summarise(found, core.groups)
     return metrics
 
 
-@torch.no_grad()
-def assign_codes(
-    core: MultiModalSwav,
-    scores: Sequence[Tensor],
-    queue: FeatureQueue | None,
-    config: TrainConfig,
-    group: ProcessGroup | None = None,
-) -> list[Tensor]:
-    """Codes [A, b_m, K] of each group, from the assigned crops' scores and, if given, the queue's.
+def _weighted(losses: Sequence[Tensor], parts: Sequence[slice]) -> Tensor:
+    """Mean over the images of a batch, from the means over the images of its groups."""
+    sizes = [part.stop - part.start for part in parts]
+    shares = [size / sum(sizes) for size in sizes]
+    return torch.stack([share * loss for share, loss in zip(shares, losses, strict=True)]).sum()
 
-    All crops and groups share one stacked Sinkhorn. Scores of queued features are computed anew with
-    today's prototypes; each rank brings its own part of the global queue.
-    """
-    swav = config.swav
-    queued = None if queue is None else queue_part(queue, group)
-    problems = []
-    for m, (name, s) in enumerate(zip(core.groups, scores, strict=True)):
-        weight: Any = core.prototypes[name].weight
-        for a, crop in enumerate(swav.assign):
-            rows = s[crop].detach().float()
-            if queued is not None:
-                rows = torch.cat([rows, queued[m, a] @ weight.detach().float().T])
-            problems.append(rows)
-    found = sinkhorn_each(problems, swav.epsilon, swav.sinkhorn_iterations, group)
-    n_assigned = len(swav.assign)
-    return [
-        torch.stack([q[: s.shape[1]] for q in found[m * n_assigned : (m + 1) * n_assigned]])
-        for m, s in enumerate(scores)
-    ]
+
+def _crops_of(x: Tensor, chosen: Sequence[int]) -> Tensor:
+    """[V, ...] to [A, ...]; not by indexing with a list, which would copy the indices to the device."""
+    return torch.stack([x[crop] for crop in chosen])
 
 
 def as_groups(crops: Sequence[Tensor], config: TrainConfig) -> list[Tensor]:
@@ -120,9 +111,9 @@ def as_groups(crops: Sequence[Tensor], config: TrainConfig) -> list[Tensor]:
     return found
 
 
-def unwrap(model: nn.Module) -> MultiModalSwav:
+def unwrap(model: nn.Module) -> Embedder:
     core = model.module if isinstance(model, DistributedDataParallel) else model
-    assert isinstance(core, MultiModalSwav)
+    assert isinstance(core, Embedder)
     return core
 
 
@@ -132,9 +123,8 @@ def is_logged(step: int, config: TrainConfig) -> bool:
 
 
 def _summarise(found: list[dict[str, Tensor]], groups: Sequence[str]) -> dict[str, Tensor]:
-    metrics = {
-        name: torch.stack([values[name] for values in found]).mean() for name in ("loss", "loss_minus_ln_k")
-    }
+    names = [name for name in found[0] if name.startswith("loss")]
+    metrics = {name: torch.stack([values[name] for values in found]).mean() for name in names}
     for group, values in zip(groups, found, strict=True):
         metrics |= {f"m/{group}/{name}": value for name, value in values.items()}
     return metrics

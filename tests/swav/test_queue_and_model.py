@@ -8,7 +8,8 @@ from torch.nn.functional import normalize
 from shards.errors import UserError
 from trainer.config import ModelConfig, SwavConfig, TrainConfig, few_samples_warning, load_config
 from trainer.optim import build_optimizer
-from trainer.step import as_groups, assign_codes, train_step
+from trainer.step import as_groups, train_step
+from trainer.swav.codes import assign_codes
 from trainer.swav.model import MultiModalSwav, group_slices
 from trainer.swav.queue import FeatureQueue, build_queue
 from trainer.swav.sinkhorn import sinkhorn
@@ -97,7 +98,7 @@ def test_codes_use_a_full_queue_with_todays_prototypes():
     queue.enqueue(normalize(torch.randn(2, 2, 8, 8), dim=-1))
     z = normalize(torch.randn(2, 2, 4, 8), dim=-1)  # modality, crop, image, feature
     scores = [z[m] @ model.prototypes[name].weight.T for m, name in enumerate(("xr", "ct"))]
-    codes = assign_codes(model, scores, queue, config)
+    codes = assign_codes(model, scores, queue, config.swav)
     for m, name in enumerate(("xr", "ct")):
         for a in (0, 1):
             rows = torch.cat([z[m, a], queue.features[m, a]])

@@ -4,6 +4,8 @@
 not.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,3 +32,21 @@ def gather_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.stack(parts)
+
+
+def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`gather_ranks` through which every rank's losses reach the x of all ranks."""
+    gathered: Tensor = _Gather.apply(x, group)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return gather_ranks(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        rank, _ = rank_and_world(ctx.group)
+        return sum_over_ranks(gradients[0].clone(), ctx.group)[rank], None

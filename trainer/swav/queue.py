@@ -75,11 +75,11 @@ class FeatureQueue:
 
 def build_queue(config: TrainConfig, device: torch.device | str = "cpu") -> FeatureQueue | None:
     """The queue of a run, an equal part of queue_length for each group and assigned crop; None when it is
-    switched off.
+    switched off, and for another method than SwAV.
     """
     n_groups = len(config.groups)
     length = config.swav.queue_length // n_groups
-    if length == 0:
+    if length == 0 or config.method != "swav":
         return None
     return FeatureQueue(length, n_groups, len(config.swav.assign), config.model.feature_dim, device)
 

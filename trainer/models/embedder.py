@@ -1,0 +1,66 @@
+"""Backbone and projection head: what every objective trains, and all that `method: simclr` needs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from trainer.config import ModelConfig
+from trainer.models.encoders import build_encoder, feature_dim
+from trainer.models.heads import projection_head
+
+
+class Output(NamedTuple):
+    """Of a forward: unit features [V, n, F] and, for each group with prototypes, scores [V, b, K]; all
+    float32, with gradient. V: crops of an image, in the order of views.crops. n: images of this rank."""
+
+    features: Tensor
+    scores: list[Tensor]
+
+
+class Embedder(nn.Module):
+    """`backbone` and `projection_head`. groups: names of the parts of a batch, for metrics."""
+
+    def __init__(self, model: ModelConfig, groups: Sequence[str]) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+        backbone = build_encoder(model.backbone, model.in_channels, model.backbone_options)
+        head = projection_head(feature_dim(backbone), model.hidden_dim, model.feature_dim)
+        if model.sync_batchnorm:
+            backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+            head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
+        self.backbone: nn.Module = backbone
+        self.projection_head: nn.Module = head
+
+    def forward(self, crops: Sequence[Tensor], sizes: Sequence[int] | None = None) -> Output:
+        """crops: per crop group [count, n, C, *spatial], float in [0, 1] or uint8; images are
+        modality-major. sizes: of the groups; for those that have prototypes.
+        """
+        return Output(self.embed(crops), [])
+
+    def embed(self, crops: Sequence[Tensor]) -> Tensor:
+        """Unit features [V, n, F]; the head sees all crops at once."""
+        n = crops[0].shape[1]
+        pooled = self._pool(crops)  # [V * n, D]
+        return normalize(self.projection_head(pooled).float(), dim=1).unflatten(0, (-1, n))
+
+    def _pool(self, crops: Sequence[Tensor]) -> Tensor:
+        """One backbone forward per crop shape: batch-norm statistics are those of all crops of a
+        resolution.
+        """
+        shapes = list(dict.fromkeys(c.shape[2:] for c in crops))
+        pooled: list[Tensor] = [torch.empty(0)] * len(crops)
+        for shape in shapes:
+            members = [i for i, c in enumerate(crops) if c.shape[2:] == shape]
+            flat = [_to_float(crops[i].flatten(0, 1)) for i in members]
+            out = self.backbone(flat[0] if len(flat) == 1 else torch.cat(flat))
+            for i, part in zip(members, out.split([len(f) for f in flat]), strict=True):
+                pooled[i] = part
+        return torch.cat(pooled)
+
+
+def _to_float(crops: Tensor) -> Tensor:
+    """uint8 travels over the bus and is scaled to [0, 1] on the device."""
+    return crops.float().div_(255) if crops.dtype == torch.uint8 else crops
