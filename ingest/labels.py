@@ -43,6 +43,7 @@ def join_labels(
     sources: Sequence[str | Path] = (),
     kind: str = "classes",
     values: Sequence[str] = (),
+    of: str = "images",
 ) -> pa.Table:
     """Write labels/<name>.parquet: key, the values, and split where the table has a column `split`.
 
@@ -51,24 +52,27 @@ def join_labels(
     SeriesInstanceUID, StudyInstanceUID, AccessionNumber or PatientID (`by` chooses where there are several);
     a column `frame` (0-based) chooses one image of a file. `sources`: those of the ingest run, needed by file
     where the CSV lies above a source. Boxes and masks follow the crop or reduction of their image; they are
-    not joined to NIfTI slices, which are turned. In the metadata of the returned table: `unmatched`, rows
+    not joined to NIfTI slices, which are turned. of: "images", or "volumes": a volume has the value of any of
+    its slices (classes and multi only). In the metadata of the returned table: `unmatched`, rows
     without a value or without a sample; `misplaced`, boxes outside the stored image and masks that are no
     grey PNG of the size of the source image; `repeated`, rows of an image that had one before.
     Raises UserError for a table that cannot be used, matches nothing, or names a file that two inputs have.
     """
     path = Path(table)
     columns, parse, join, candidates = check_table(path, name, label_column, by, sources, kind, values)
+    _check_of(of, kind, columns)
     catalog_column, pseudonym = _JOINS[join.lower()]
-    wanted = {"key", "source", "frame", "kind", catalog_column, *PLACE_COLUMNS}
+    wanted = {"key", "source", "frame", "kind", "volume", catalog_column, *PLACE_COLUMNS}
     samples = {sample["key"]: sample for sample in catalog.load(root, columns=sorted(wanted)).to_pylist()}
-    keys: dict[str, list[str]] = {}
+    keys: dict[str, dict[str, None]] = {}  # of what is labelled, each once and in order
     # Two samples of one path and frame: of two sources that were given one by one, or of a changed file.
     several = Counter((sample["source"], sample["frame"]) for sample in samples.values())
     unclear = {source for (source, _), number in several.items() if number > 1}
     for sample in samples.values():
         placeable = kind not in _PLACED or sample["kind"] != "nifti"
-        if sample[catalog_column] is not None and placeable:
-            keys.setdefault(sample[catalog_column], []).append(sample["key"])
+        labelled = sample["volume"] if of == "volumes" else sample["key"]
+        if sample[catalog_column] is not None and labelled is not None and placeable:
+            keys.setdefault(sample[catalog_column], {})[labelled] = None
     frame_column = next((column for column in columns if column.lower() == "frame"), None)
     found = _Found(kind, path.resolve().parent, samples)
     unmatched = 0
@@ -81,7 +85,7 @@ def join_labels(
                 f"a file of {path.name} may be one of two (two sources with equal names, or two versions): "
                 "join by SOPInstanceUID or PatientID, or ingest both sources into a new folder in one run"
             )
-        matched = keys[match] if match is not None else []
+        matched = list(keys[match]) if match is not None else []
         if frame_column is not None and row[frame_column]:
             matched = [key for key in matched if str(samples[key]["frame"]) == row[frame_column]]
         unmatched += not matched
@@ -123,6 +127,15 @@ def check_table(
         raise UserError("a column of identifiers cannot be the label: choose another label column")
     join, candidates = _join(path, columns, by, sources)
     return columns, parse, join, candidates
+
+
+def _check_of(of: str, kind: str, columns: Sequence[str]) -> None:
+    if of not in ("images", "volumes"):
+        raise UserError(f"labels are of images or of volumes, not of {of!r}")
+    if of == "volumes" and kind in _PLACED:
+        raise UserError(f"{kind} lie in images: join them to images, a volume's slice_keys lead to them")
+    if of == "volumes" and "frame" in {column.lower() for column in columns}:
+        raise UserError("a column frame chooses an image: leave it out for labels of volumes")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -334,11 +334,12 @@ def label(
         typer.Option(help="Column of the labels; repeated: multi, or x0 y0 x1 y1 of boxes."),
     ] = None,
     by: Annotated[str | None, typer.Option(help="Joining column, where the CSV has several.")] = None,
+    of: Annotated[str, typer.Option(help="images | volumes (of --as slices,volumes)")] = "images",
 ) -> None:
     """Join a table of labels to the samples by their pseudonyms; no shard is rewritten."""
     from orchestration.ingest_report import label_report
 
-    typer.echo(label_report(dataset, csv, key, site, name, source, kind, column, by))
+    typer.echo(label_report(dataset, csv, key, site, name, source, kind, column, by, of))
 
 
 @app.command("key")

@@ -167,6 +167,7 @@ def label_report(
     kind: str = "classes",
     values: list[str] | None = None,
     by: str | None = None,
+    of: str = "images",
 ) -> str:
     """Join a CSV to a dataset; what matched. Raises UserError, also when the key is not the dataset's."""
     from ingest.labels import join_labels
@@ -183,15 +184,16 @@ def label_report(
         )
     if info.config.get("site", names.site_id) != names.site_id:
         raise UserError("the site is not the one of the dataset: give the --site of `ingest run`")
+    given = values or ()
     table = join_labels(
-        dataset, csv, names, name, by=by, sources=sources or (), kind=kind, values=values or ()
+        dataset, csv, names, name, by=by, sources=sources or (), kind=kind, values=given, of=of
     )
     counts = Counter(_classes(table))
-    lines = [f"{table.num_rows} images labelled in labels/{name}.parquet"]
+    lines = [f"{table.num_rows} {of} labelled in labels/{name}.parquet"]
     lines += [f"  {value}: {count}" for value, count in counts.most_common(20)]
     unmatched = int((table.schema.metadata or {}).get(b"unmatched", b"0"))
     if unmatched:
-        lines.append(f"{unmatched} rows of the table have no label or match no image")
+        lines.append(f"{unmatched} rows of the table have no label or match none")
     misplaced = int((table.schema.metadata or {}).get(b"misplaced", b"0"))
     if misplaced:
         lines.append(f"{misplaced} boxes or masks do not fit their image and were left out")

@@ -16,6 +16,7 @@ from pydicom.sequence import Sequence
 from ingest.config import load_config
 from ingest.convert import run_unit
 from ingest.dicom.volume import volumes
+from ingest.labels import join_labels
 from shards import catalog
 from shards.codec import get_codec
 from shards.commit import list_commits, sweep
@@ -316,3 +317,22 @@ def test_a_b_value_or_an_instance_tells_stacks_at_one_place_apart():
     # What differs from slice to slice tells nothing.
     each = [s for n in range(4) for s in stack(distances=[n], passes=(str(n),))]
     assert [len(v.slices) for v in volumes(each + each)] == [8]
+
+
+def test_labels_of_a_series_join_its_volume(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    series(source / "a", [0.0, 2.5, 5.0], patient="P1")
+    series(source / "b", [0.0, 2.5, 5.0], first=10, patient="P2")
+    slice_of(source / "b", 20, 90.0, patient="P3")  # in no volume
+    ingest(source, out, **BOTH)
+    table = tmp_path / "labels.csv"
+    table.write_text("PatientID,label\nP1,bleeding\nP2,none\nP3,none\n")
+    found = join_labels(out, table, NAMES, "volumes", of="volumes")
+    assert found.schema.metadata[b"unmatched"] == b"1"
+    patients = {row["key"]: row["patient"] for row in catalog.load(out, "ct_volumes").to_pylist()}
+    joined = {patients[row["key"]]: row["label"] for row in catalog.labels(out, "volumes").to_pylist()}
+    assert joined == {NAMES.id("patient", "P1"): "bleeding", NAMES.id("patient", "P2"): "none"}
+    table.write_text("PatientID,label,frame\nP1,bleeding,0\n")
+    for wrong in ({"of": "volumes"}, {"of": "series"}):
+        with pytest.raises(UserError):
+            join_labels(out, table, NAMES, "volumes", **wrong)
