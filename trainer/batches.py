@@ -30,6 +30,7 @@ from trainer.augment.bands import BandStatistics, Pyramid, fit_statistics
 from trainer.augment.intensity import to_unit
 from trainer.augment.views import Prepared
 from trainer.config import DataConfig, IntensityConfig, Range, TrainConfig, ViewConfig, check_world
+from trainer.sampling import rank_parts, sampling_weights
 
 REFERENCE_IMAGES = 1000  # R of the paper: images that the band statistics are fitted to
 
@@ -42,7 +43,8 @@ class Batch:
     """The part of one step's batch that one rank holds.
 
     crops: a uint8 array [count, n, size, size] for each group of crops; n = M * b images, modality-major:
-    the first b belong to modalities[0]. keys, passes: [n]. seconds: spent in read, decode, augment.
+    the first b belong to modalities[0]. keys, passes: [n]. seconds: spent in read, decode, augment. sizes:
+    images of each modality, where data.sampling makes them unequal; None: n / M of each.
     """
 
     step: int
@@ -51,6 +53,7 @@ class Batch:
     keys: tuple[str, ...]
     passes: tuple[int, ...]
     seconds: dict[str, float]
+    sizes: tuple[int, ...] | None = None
 
 
 def plan_batch(
@@ -59,15 +62,31 @@ def plan_batch(
     """{modality: (catalogue indices, pass numbers)}, each int64[B / (M * world)], of a rank's part of a step.
 
     Step t takes draws [t * B/M, (t + 1) * B/M) of every modality, whatever the world size; rank r holds the
-    r-th contiguous part of them. counts: samples of each modality. Raises ValueError for a world size that
-    does not divide B/M (check_world tells the user).
+    r-th contiguous part of them. With data.sampling other than equal the numbers of draws are those of
+    trainer.sampling instead, and so are the ranks' parts. counts: samples of each modality. Raises ValueError
+    for a world size that does not divide B/M or B (check_world tells the user).
     """
+    if data.sampling != "equal":
+        return _plan_unequal(step, counts, data, seed, rank, world)
     share, rest = divmod(data.per_modality, world)
     if rest or not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world} cannot hold an equal part of {data.per_modality} images")
     first = step * data.per_modality + rank * share
     draws = np.arange(first, first + share, dtype=np.int64)
     return {m: sample_at(draws, counts[m], seed, m) for m in data.modalities}
+
+
+def _plan_unequal(
+    step: int, counts: Mapping[str, int], data: DataConfig, seed: int, rank: int, world: int
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    if data.batch_size % world or not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world} cannot hold an equal part of {data.batch_size} images")
+    weights = sampling_weights(data, counts)
+    parts = rank_parts(step, data.batch_size, weights, rank, world)
+    return {
+        m: sample_at(np.arange(*part, dtype=np.int64), counts[m], seed, m)
+        for m, part in zip(data.modalities, parts, strict=True)
+    }
 
 
 def choose_reduce(shape: tuple[int, int], config: ViewConfig, size_range: Range) -> int:
@@ -133,13 +152,16 @@ class BatchMaker:
                 keys.append(key)
                 passes.append(number)
                 seconds["augment"] += time.perf_counter() - began
-        return Batch(step, stacks, config.data.modalities, tuple(keys), tuple(passes), seconds)
+        equal = config.data.sampling == "equal"
+        sizes = None if equal else tuple(len(index) for index, _ in plan.values())
+        return Batch(step, stacks, config.data.modalities, tuple(keys), tuple(passes), seconds, sizes)
 
     def _modalities(self) -> dict[str, "Modality"]:
         if self._opened is None:
             cv2.setNumThreads(1)  # a batch is made by one thread; the cores belong to other workers
             data = self._config.data
             opened = {m: open_modality(data, m) for m in data.modalities}
+            sampling_weights(data, {name: len(m) for name, m in opened.items()})  # can they be sampled so?
             if self._fingerprint is not None:  # after the rows are read: a dataset only ever grows
                 _check_fingerprint(data.dataset, self._fingerprint)
             self._opened = opened

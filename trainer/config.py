@@ -5,6 +5,7 @@ principle 5). The defaults are Table I of the paper, column 2D.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -28,6 +29,11 @@ BackboneOption = bool | int | float | str
 
 OWN_BACKBONES = ("resnet-tiny", "resnet18", "resnet50", "resnet152", "resnet50w2", "resnet50w4")
 LIBRARIES = ("torchvision", "timm")
+
+EPOCHS = {"queue_start_step": "queue_start_epoch", "freeze_prototypes_steps": "freeze_prototypes_epochs"}
+# Two ways to say one thing: of each pair one is given.
+_PAIRS = [("max_steps", "max_samples"), *((f"swav.{a}", f"swav.{b}") for a, b in EPOCHS.items())]
+ALTERNATIVES = (*_PAIRS, *((b, a) for a, b in _PAIRS))
 
 
 class ModelConfig(Strict):
@@ -82,9 +88,11 @@ class SwavConfig(Strict):
     temperature: float = Field(default=0.1, gt=0)
     epsilon: float = Field(default=0.03, gt=0)
     sinkhorn_iterations: int = Field(default=3, gt=0)
-    queue_length: int = Field(default=3840, ge=0)  # global, per assigned crop; of all groups; 0: none
+    queue_length: int = Field(default=3840, ge=0)  # global, per assigned crop; of all groups; 0: none. C, G
     queue_start_step: int = Field(default=0, ge=0)
+    queue_start_epoch: float | None = Field(default=None, ge=0)  # instead of the step; needs epoch_samples. F
     freeze_prototypes_steps: int = Field(default=10_000, ge=0)
+    freeze_prototypes_epochs: float | None = Field(default=None, ge=0)  # instead of the steps. F
 
     def names(self, modalities: Sequence[str]) -> tuple[str, ...]:
         """Of the groups, in the order of their images in a batch."""
@@ -99,9 +107,14 @@ class SimclrConfig(Strict):
 
 
 class OptimConfig(Strict):
+    """`lr_scaling` (method.md 3-D): `none` takes the learning rates as they are, `linear` multiplies both by
+    data.batch_size / reference_global_batch (Goyal et al. 2017)."""
+
     optimizer: Literal["larc-sgd", "adamw"] = "larc-sgd"
     learning_rate: float = Field(default=0.6, gt=0)
     final_learning_rate: float = Field(default=0.0006, ge=0)
+    lr_scaling: Literal["none", "linear"] = "none"  # open point D
+    reference_global_batch: int = Field(default=256, gt=0)  # open point D
     warmup_steps: int = Field(default=0, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-6, ge=0)
@@ -115,11 +128,19 @@ class CheckpointConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """The whole run. `max_steps` is the horizon of the cosine schedule; epochs derive from it."""
+    """The whole run.
+
+    The horizon of the cosine schedule is `max_steps`, or `max_samples`: as many whole batches as they fill
+    (method.md 3-F). An epoch is virtual: epoch_samples images, whatever their modality; epoch e begins with
+    the first step that begins at or after e * epoch_samples images. Samples and epochs are turned to steps
+    here and stored in steps, which is all that anything else reads (method.md 4.9).
+    """
 
     method: Literal["swav", "simclr"] = "swav"
     seed: int = 0
-    max_steps: int = Field(default=100_000, gt=0)
+    max_steps: int = Field(default=100_000, gt=0)  # open point F
+    max_samples: int | None = Field(default=None, gt=0)  # open point F; instead of max_steps
+    epoch_samples: int | None = Field(default=None, gt=0)  # open point F; a virtual epoch
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     threads: int = Field(default=1, gt=0)  # torch threads of a rank on a CPU
     log_every_steps: int = Field(default=10, gt=0)
@@ -135,6 +156,28 @@ class TrainConfig(Strict):
     def groups(self) -> tuple[str, ...]:
         """Names of the groups of images that have a loss of their own: the modalities, or `all`."""
         return self.swav.names(self.data.modalities)
+
+    @model_validator(mode="after")
+    def _in_steps(self) -> "TrainConfig":
+        batch, swav = self.data.batch_size, self.swav
+        if self.max_samples is not None:
+            if self.max_samples < batch:
+                raise ValueError(f"max_samples={self.max_samples} is less than one batch of {batch}")
+            steps = in_steps("max_steps", self, "max_samples", self.max_samples // batch)
+            object.__setattr__(self, "max_steps", steps)
+        found = {}
+        for name, other in EPOCHS.items():
+            epochs = getattr(swav, other)
+            if epochs is None:
+                continue
+            if self.epoch_samples is None:
+                raise ValueError(
+                    f"swav.{other}={epochs:g} needs epoch_samples, the images of a virtual epoch"
+                )
+            found[name] = in_steps(name, swav, other, math.ceil(epochs * self.epoch_samples / batch), "swav.")
+        if found:
+            object.__setattr__(self, "swav", swav.model_copy(update=found))
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -170,6 +213,11 @@ class TrainConfig(Strict):
                 f"swav.queue_length={queue} is no multiple of data.batch_size={batch}: "
                 f"the nearest valid lengths are {low} and {low + batch} (0 switches the queue off)"
             )
+        if queue and self.swav.groups == "per-modality" and self.data.sampling != "equal":
+            raise ValueError(
+                f"a queue for each modality needs equal numbers of them, and data.sampling is "
+                f"{self.data.sampling}: set swav.queue_length=0, data.sampling=equal or swav.groups=shared"
+            )
 
 
 def _refuse_set(name: str, section: Strict, because: str) -> None:
@@ -183,6 +231,16 @@ def _refuse_set(name: str, section: Strict, because: str) -> None:
             )
 
 
+def in_steps(name: str, section: Strict, other: str, steps: int, prefix: str = "") -> int:
+    """The steps that `other` comes to. Raises ValueError where `name` is set too, and to something else."""
+    if name in section.model_fields_set and getattr(section, name) != steps:
+        raise ValueError(
+            f"{prefix}{name}={getattr(section, name)} and {prefix}{other}={getattr(section, other):g} (which "
+            f"is {steps} steps) do not agree: give exactly one of them"
+        )
+    return steps
+
+
 def preset_names() -> list[str]:
     return sorted(
         p.name.removesuffix(".yaml") for p in _preset_folder().iterdir() if p.name.endswith(".yaml")
@@ -190,8 +248,18 @@ def preset_names() -> list[str]:
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A preset's name (or a YAML file) and `a.b=value` overrides to a config. Raises UserError."""
+    """A preset's name (or a YAML file) and `a.b=value` overrides to a config. Raises UserError.
+
+    An override of max_steps takes the place of the preset's max_samples, and so on (ALTERNATIVES).
+    """
     tree = _read_tree(preset)
+    names = {item.partition("=")[0] for item in overrides}
+    for name, other in ALTERNATIVES:
+        if name in names and other not in names:
+            section, _, leaf = other.rpartition(".")
+            inner = tree.get(section) if section else tree
+            if isinstance(inner, dict):
+                inner.pop(leaf, None)
     for item in overrides:
         apply_override(tree, item)
     try:
@@ -206,7 +274,15 @@ def text_setting(name: str, value: str | Path) -> str:
 
 
 def check_world(config: TrainConfig, world_size: int) -> None:
-    """Refuse a world size that cannot hold equal modality subsets on every rank. Raises UserError."""
+    """Refuse a world size that cannot hold equal parts of a batch (with sampling=equal: of each modality's
+    subset). Raises UserError."""
+    if config.data.sampling != "equal":
+        if config.data.batch_size % world_size:
+            raise UserError(
+                f"{world_size} ranks cannot share data.batch_size={config.data.batch_size} equally: use a "
+                f"multiple of {world_size}"
+            )
+        return
     per_modality = config.data.per_modality
     if per_modality % world_size:
         raise UserError(
@@ -227,15 +303,16 @@ def check_device(config: TrainConfig, world_size: int, device: str) -> None:
 
 def few_samples_warning(config: TrainConfig) -> str | None:
     """A line when (B_m + queue) / K < .3: codes are then spread over hundreds of prototypes (method.md
-    3-G).
+    3-G). Where data.sampling is not equal the rarest modality has B/M images at the most.
     """
     samples = (config.data.batch_size + config.swav.queue_length) // len(config.groups)
     ratio = samples / config.swav.prototypes
     of = "step" if config.swav.groups == "shared" else "modality"
+    most = "at most " if of == "modality" and config.data.sampling != "equal" else ""
     if ratio >= 0.3 or config.method != "swav":
         return None
     return (
-        f"{samples} samples per {of} (batch and queue) for {config.swav.prototypes} prototypes is a "
+        f"{most}{samples} samples per {of} (batch and queue) for {config.swav.prototypes} prototypes is a "
         f"ratio of {ratio:.2f}, below .3: codes will be diffuse; raise swav.queue_length or lower "
         f"swav.prototypes"
     )

@@ -28,18 +28,25 @@ class IntensityConfig(Strict):
 
 
 class DataConfig(Strict):
-    """What is read: `batch_size` is global and holds batch_size/len(modalities) images of each modality."""
+    """What is read. `batch_size` is global: of all ranks.
+
+    `sampling` (method.md 3-E): `equal` puts batch_size/len(modalities) images of each modality in every batch
+    of every rank; `proportional` follows the number of images of each; `temperature` follows their
+    sampling_temperature-th root: 1 is proportional, a large one nearly equal.
+    """
 
     dataset: str = ""
     modalities: tuple[str, ...] = ("xr", "ct", "mr", "us")
     split: Literal["train", "val", "test", "all"] = "train"
-    batch_size: int = Field(default=32, gt=0)
+    batch_size: int = Field(default=32, gt=0)  # open point C: its multiples are the valid queue lengths
+    sampling: Literal["equal", "proportional", "temperature"] = "equal"  # open point E
+    sampling_temperature: float | None = Field(default=None, ge=1)  # open point E
     intensity: dict[str, IntensityConfig] = {"ct": IntensityConfig(mode="recorded")}
     cache_bytes: int = Field(default=256 << 20, ge=0)  # decoded images and their bands, per worker process
 
     @property
     def per_modality(self) -> int:
-        """B/M: images of one modality in a global batch."""
+        """B/M: images of one modality in a global batch, with sampling=equal."""
         return self.batch_size // len(self.modalities)
 
     @model_validator(mode="after")
@@ -47,7 +54,11 @@ class DataConfig(Strict):
         count = len(self.modalities)
         if count == 0 or len(set(self.modalities)) != count:
             raise ValueError("data.modalities must name at least one modality, each once")
-        if self.batch_size % count:
+        if (self.sampling == "temperature") != (self.sampling_temperature is not None):
+            raise ValueError(
+                "sampling_temperature goes with sampling=temperature, which needs it (2 is the square root)"
+            )
+        if self.sampling == "equal" and self.batch_size % count:
             low = self.batch_size - self.batch_size % count
             raise ValueError(
                 f"data.batch_size={self.batch_size} is no multiple of the {count} modalities: "
@@ -73,7 +84,8 @@ class CropConfig(Strict):
 
 class ViewConfig(Strict):
     """Multi-crop and the five augmentations, in their order: rescale, energy, gamma, linear, crop
-    (method.md sections 2, 3-A, 3-B, 3-H)."""
+    (method.md sections 2, 3-A, 3-B, 3-H). Open points: A `geometry`, the size ranges and the shares; B the
+    order, the probabilities and their ranges; H `sigmas` and `band_statistics`."""
 
     geometry: Literal["paper", "recommended"] = "recommended"
     size_range: dict[str, Range] = {}  # px of the longer side per modality; geometry=paper only

@@ -110,7 +110,14 @@ def train(
                 batch = next_batch(step)
             crops = to_device(run, batch)
             metrics = train_step(
-                state.model, state.optimizer, state.queue, crops, step, config, autocast=uses_bf16(run)
+                state.model,
+                state.optimizer,
+                state.queue,
+                crops,
+                step,
+                config,
+                autocast=uses_bf16(run),
+                sizes=batch.sizes if config.swav.groups == "per-modality" else None,
             )
             meter.add(step, metrics)
             step += 1

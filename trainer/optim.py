@@ -93,14 +93,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Of 0-based `step`: linear warm-up, then a cosine that reaches the final value at step max_steps,
-    pure.
+    pure. Both values times the factor of lr_scaling.
     """
     optim = config.optim
-    base, final, warmup = optim.learning_rate, optim.final_learning_rate, optim.warmup_steps
+    factor = learning_rate_factor(config)
+    base, final, warmup = (
+        optim.learning_rate * factor,
+        optim.final_learning_rate * factor,
+        optim.warmup_steps,
+    )
     if step < warmup:
         return base * (step + 1) / warmup
     share = min((step - warmup) / max(config.max_steps - warmup, 1), 1.0)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * share))
+
+
+def learning_rate_factor(config: TrainConfig) -> float:
+    """What optim.lr_scaling multiplies the learning rates by (method.md 3-D)."""
+    if config.optim.lr_scaling == "none":
+        return 1.0
+    return config.data.batch_size / config.optim.reference_global_batch
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:

@@ -60,7 +60,7 @@ def train_step(
         ]
     else:
         of_images = nt_xent(out.features, config.simclr.temperature, group)
-        losses = [of_images[part].mean() for part in parts]
+        losses = [of_images[part].sum() / max(part.stop - part.start, 1) for part in parts]
     loss = _weighted(losses, parts)
     loss.backward()
     if isinstance(core, MultiModalSwav):
