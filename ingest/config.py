@@ -63,7 +63,8 @@ class TableConfig(_Settings):
 
     `file_column` holds paths relative to the folder of the CSV. The modality is one for the whole table
     (`modality`) or a column; names as in MODALITY_NAMES or a partition. Without a patient column every
-    file is its own patient.
+    file is its own patient. A split is that of the patient: it holds for all files of that patient, listed or
+    not. DICOM files keep the modality and the PatientID of their headers.
     """
 
     path: str
@@ -71,7 +72,6 @@ class TableConfig(_Settings):
     modality: str | None = None
     modality_column: str | None = "modality"
     patient_column: str | None = "patient"
-    label_column: str | None = "label"
     split_column: str | None = None  # train | val | test in the table overrides the keyed split
 
 

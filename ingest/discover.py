@@ -2,9 +2,8 @@
 
 import hashlib
 import os
-import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from ingest.dicom.syntaxes import check_decoders
 from ingest.frames import Refused
 from ingest.sniff import HEAD_BYTES, read_head, sniff
 from ingest.sources import is_odd, open_source, prefix, real_path, size_of
-from ingest.tables import DISCOVERED_NAME, Listing, listings
+from ingest.tables import DISCOVERED_NAME, Listing, Listings, bids_subject, listings
 from ingest.walk import Files, source_names
 from shards.errors import UserError
 from shards.ids import digest
@@ -41,7 +40,6 @@ _Given = tuple[str, str, str]  # path, relative, source
 ANY_SIZE = ReadRules.model_validate(
     {"max_member_bytes": 1 << 62, "max_members": 1 << 40}
 )  # the inventory has held it to its limits
-_SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)(?:$|[_.])")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Entry:
     modality: str = "none"  # partition
     group: str = ""
     patient: str = ""  # of a table or a BIDS path; DICOM says it itself
-    split: str = ""  # override of a table
+    split: str = ""  # that a table gives the patient
     listed: bool = False
     salt: str = ""  # in the identity: tells files of several sources apart that are otherwise equal
     hint: str = ""  # reason of a refusal that the header scan foresees, for the plan
@@ -79,12 +77,16 @@ File = tuple[str, str, str]  # path, relative, source of an Entry
 PARALLEL_FILES = 256  # fewer are scanned in this process: others take longer to start
 
 
-def inventory(config: IngestConfig, progress: Callable[[int], None] | None = None) -> list[Entry]:
+def inventory(
+    config: IngestConfig,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> list[Entry]:
     """Every file under the sources, in a fixed order. progress is called with the number of files so far.
 
-    Raises UserError as `scan`.
+    note and errors: as of `scan`.
     """
-    return told_apart(list(scan(config, progress)), config)
+    return told_apart(list(scan(config, progress, note=note)), config)
 
 
 def scan(
@@ -92,14 +94,17 @@ def scan(
     progress: Callable[[int], None] | None = None,
     expect: Callable[[int], None] | None = None,
     scanner: "Scanner | None" = None,
+    note: Callable[[str], None] | None = None,
 ) -> Iterator[Entry]:
     """`inventory` one by one, before those of equal identity are told apart.
 
     expect is called with the number of files once it is known. scanner: looks into many local files
     (ingest.scan); None: this process.
 
-    Raises UserError for a missing or empty source, where nothing in it can be an image, and for missing
-    decoders.
+    note: is called with what the user should know of a table.
+
+    Raises UserError for a missing or empty source, where nothing in it can be an image, for missing decoders,
+    and for a table that cannot be used.
     """
     check_decoders()
     found = Files(config, (DISCOVERED_NAME,) if config.discover_tables else ())
@@ -108,6 +113,12 @@ def scan(
             "the source folder is empty: give a folder that holds DICOM, NIfTI or listed images"
         )
     listed, used = listings(config, found.named)
+    loose = sum(not listing.patient for listing in listed.values())
+    if loose and note is not None:
+        note(
+            f"{loose} listed files have no patient: each counts as a patient of its own, so images of one "
+            "person may come into two splits; add a column `patient`, or set patient_column"
+        )
     sources = source_names(config.sources)
     if expect is not None:
         expect(len(found))
@@ -122,6 +133,8 @@ def scan(
     for count, entries in enumerate(chosen(inputs, listed, config), 1):
         for entry in entries:
             usable = usable or entry.kind in ("dicom", "nifti") or entry.listed
+            if listed.splitting and entry.kind == "dicom" and not entry.hint:
+                listed.check_split(_place(entry), entry.split)
             members += [entry] if listed and entry.member else []
             yield entry
         if progress is not None:
@@ -134,12 +147,10 @@ def scan(
         )
 
 
-Scanner = Callable[[Iterable[File], Mapping[str, Listing], IngestConfig], Iterator[Iterable[Entry]]]
+Scanner = Callable[[Iterable[File], Listings, IngestConfig], Iterator[Iterable[Entry]]]
 
 
-def _scan_here(
-    files: Iterable[File], listed: Mapping[str, Listing], config: IngestConfig
-) -> Iterator[Iterable[Entry]]:
+def _scan_here(files: Iterable[File], listed: Listings, config: IngestConfig) -> Iterator[Iterable[Entry]]:
     return _side_by_side(lambda given: entries_of(*given, listed, config), files, config)
 
 
@@ -218,7 +229,7 @@ def _sha256(path: str) -> str:
 
 
 def _absent(
-    listed: Mapping[str, Listing],
+    listed: Listings,
     found: Iterable[tuple[str, str, str]],
     entries: Sequence[Entry],
     config: IngestConfig,
@@ -227,7 +238,7 @@ def _absent(
     if not listed:
         return []
     taken = {real for path, _, _ in found if (real := real_path(path)) in listed}
-    taken |= {real_path(e.path) + e.relative.partition(Path(e.path).name)[2] for e in entries if e.member}
+    taken |= {_place(e) for e in entries if e.member}
     names = source_names(config.sources)
     roots = {real_path(root): name for root, name in names.items()}
     absent = []
@@ -242,21 +253,27 @@ def _absent(
     return absent
 
 
-def _entry(path: str, relative: str, source: str, listing: Listing | None, config: IngestConfig) -> Entry:
+def _place(entry: Entry) -> str:
+    """Where a table lists an input: its real path, of a member behind that of the archive."""
+    inner = entry.relative.partition(Path(entry.path).name)[2] if entry.member else ""
+    return real_path(entry.path) + inner
+
+
+def _entry(path: str, relative: str, source: str, listed: Listings, config: IngestConfig) -> Entry:
     head = read_head(path)
     if head is None:
         identity = identity_of(relative, 0, b"")
         return Entry(path, relative, source, 0, "other", identity, hint=Reason.NOT_AN_IMAGE.value)
     size, kind = size_of(path), sniff(head)
     identity = identity_of(relative, size, content_of(path, size, head, kind))
+    entry = Entry(path, relative, source, size, kind, identity)
     if kind == "dicom":
-        modality, group, hint = _scan_dicom(path, config)
-        return Entry(path, relative, source, size, kind, identity, modality, group, hint=hint)
-    return _described(Entry(path, relative, source, size, kind, identity), listing, config)
+        return _with_header(entry, _scan_dicom(path, config), listed)
+    return _described(entry, listed.get(real_path(path)), listed, config)
 
 
 def entries_of(
-    path: str, relative: str, source: str, listed: Mapping[str, Listing], config: IngestConfig
+    path: str, relative: str, source: str, listed: Listings, config: IngestConfig
 ) -> Iterator[Entry]:
     """The input at a path, or those of the archive there."""
     real = real_path(path)
@@ -267,27 +284,26 @@ def entries_of(
         start = prefix(path, REMOTE_PREFIX_BYTES)
         kind = archive_kind(start[:HEAD_BYTES])
         if not kind:
-            yield _remote_entry(path, relative, source, start, listed.get(real), config)
+            yield _remote_entry(path, relative, source, start, listed, config)
             return
     kind = archive_kind(read_head(path) or b"")
     if not kind:
-        yield _entry(path, relative, source, listed.get(real), config)
+        yield _entry(path, relative, source, listed, config)
         return
     names: Counter[str] = Counter()
     try:
         with open_source(path) as file:
             archive = open_archive(file, kind, config.rules())
             if archive is None:
-                yield _entry(path, relative, source, listed.get(real), config)
+                yield _entry(path, relative, source, listed, config)
                 return
             for order, member in enumerate(archive.members()):
                 name = member.name.encode("utf-8", "backslashreplace").decode()
                 names[name] += 1
                 inner = f"/{name}" + (f"#{names[name]}" if names[name] > 1 else "")
                 group = f"\0archive\0{source}" if archive.sequential else ""
-                entry = _member_entry(
-                    path, relative + inner, source + inner, member, listed.get(real + inner), config
-                )
+                place = path, relative + inner, source + inner
+                entry = _member_entry(place, member, listed.get(real + inner), listed, config)
                 yield replace(entry, group=group, order=order) if group else entry
     except (Refused, OSError) as error:
         reason = error.reason if isinstance(error, Refused) else Reason.UNREADABLE
@@ -301,7 +317,7 @@ def _refused(path: str, relative: str, source: str, reason: Reason) -> Entry:
 
 
 def _remote_entry(
-    path: str, relative: str, source: str, start: bytes, listing: Listing | None, config: IngestConfig
+    path: str, relative: str, source: str, start: bytes, listed: Listings, config: IngestConfig
 ) -> Entry:
     """An object, as _entry has a file: most cost one request more than the one for `start`."""
     size = len(start) if len(start) < REMOTE_PREFIX_BYTES else size_of(path)
@@ -311,12 +327,13 @@ def _remote_entry(
     content = hashlib.sha256(start).digest() if whole else content_of(path, size, head, kind)
     entry = Entry(path, relative, source, size, kind, identity_of(relative, size, content))
     if kind != "dicom":
-        return _described(entry, listing, config)
+        return _described(entry, listed.get(real_path(path)), listed, config)
     with prepared(iter([start]), len(start), REMOTE_PREFIX_BYTES) as local:
-        modality, group, hint = _scan_dicom(local, config)
+        header = _scan_dicom(local, config)
+    _, group, hint = header
     if size > len(start) and (hint or not group.rpartition("\0")[2]):  # the header goes on
-        modality, group, hint = _scan_dicom(path, config)
-    return replace(entry, modality=modality, group=group, hint=hint)
+        header = _scan_dicom(path, config)
+    return _with_header(entry, header, listed)
 
 
 def _listed(function: Callable[[_Given], Iterator[Entry]], given: _Given) -> list[Entry]:
@@ -347,8 +364,9 @@ def _side_by_side(
 
 
 def _member_entry(
-    path: str, relative: str, source: str, member: Member, listing: Listing | None, config: IngestConfig
+    place: _Given, member: Member, listing: Listing | None, listed: Listings, config: IngestConfig
 ) -> Entry:
+    path, relative, source = place
     identity = identity_of(relative, member.size, member.content)
     key = f"!{member.reason}" if member.reason else member.key
     if member.reason:
@@ -357,9 +375,8 @@ def _member_entry(
     entry = Entry(path, relative, source, member.size, kind, identity, member=key)
     if kind == "dicom":
         with prepared(iter([member.prefix]), len(member.prefix), PREFIX_BYTES) as local:
-            modality, group, hint = _scan_dicom(local, config)
-        return replace(entry, modality=modality, group=group, hint=hint)
-    return _described(entry, listing, config)
+            return _with_header(entry, _scan_dicom(local, config), listed)
+    return _described(entry, listing, listed, config)
 
 
 def _member_content(entry: Entry, rules: ReadRules) -> bytes:
@@ -382,19 +399,27 @@ def _content_sha256(entry: Entry, config: IngestConfig) -> str:
     return entry.identity if entry.member else _sha256(entry.path)
 
 
-def _described(entry: Entry, listing: Listing | None, config: IngestConfig) -> Entry:
+def _with_header(entry: Entry, header: tuple[str, str, str], listed: Listings) -> Entry:
+    """A DICOM input; header: of _scan_dicom."""
+    modality, group, hint = header
+    split = listed.splits.get(group.partition("\0")[0], "")
+    return replace(entry, modality=modality, group=group, split=split, hint=hint)
+
+
+def _described(entry: Entry, listing: Listing | None, listed: Listings, config: IngestConfig) -> Entry:
     """An input that is no DICOM, with what a table or its path say of it."""
     if entry.kind == "other" or (entry.kind == "raster" and listing is None):
         hint = Reason.NOT_AN_IMAGE if entry.kind == "other" else Reason.NOT_LISTED
         return replace(entry, hint=hint.value)
     modality = listing.modality if listing else config.nifti_modality
-    patient = listing.patient if listing and listing.patient else _bids_subject(entry.relative)
+    patient = listing.patient if listing and listing.patient else bids_subject(entry.relative)
+    split = listing.split if listing else ""
     return replace(
         entry,
         modality=modality,
         group=f"{patient}\0{entry.relative}",
         patient=patient,
-        split=listing.split if listing else "",
+        split=split or listed.splits.get(patient, ""),
         listed=listing is not None,
         hint=Reason.MODALITY_OUT_OF_SCOPE.value if modality == "none" else "",
     )
@@ -416,12 +441,3 @@ def _scan_dicom(path: str, config: IngestConfig) -> tuple[str, str, str]:
             return admit_class(dataset, config)[0], group, ""
         except Refused as refused:
             return refused.modality, group, refused.reason.value
-
-
-def _bids_subject(relative: str) -> str:
-    """The subject label of a BIDS path (sub-01/anat/sub-01_T1w.nii), "" where there is none."""
-    for part in Path(relative).parts:
-        match = _SUBJECT.match(part)
-        if match:
-            return match.group(1)
-    return ""

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from ingest.archives import archive_kind
 from ingest.config import IngestConfig
 from ingest.discover import Entry, File, content_of, entries_of, identity_of
 from ingest.sniff import read_head, sniff
-from ingest.tables import Listing
+from ingest.tables import Listing, Listings
 from shards.errors import UserError
 from shards.schema import Reason
 
@@ -39,7 +39,7 @@ CHILD = "ingest.scan"
 def scanner(config: IngestConfig, workers: int) -> Callable[..., Iterator[list[Entry]]]:
     """An `entries_of` for discover.scan that works in `workers` children."""
 
-    def scan(files: Iterable[File], listed: Mapping[str, Listing], _: IngestConfig) -> Iterator[list[Entry]]:
+    def scan(files: Iterable[File], listed: Listings, _: IngestConfig) -> Iterator[list[Entry]]:
         children: list[_Child] = []
         own = threading.local()
         first = json.dumps(
@@ -218,7 +218,7 @@ def main() -> None:
     os.dup2(2, 1)  # a library that prints must not break the lines
     first = json.loads(sys.stdin.buffer.readline())
     config = IngestConfig.model_validate_json(first["config"])
-    listed = {path: Listing(**values) for path, values in first["listed"].items()}
+    listed = Listings({path: Listing(**values) for path, values in first["listed"].items()})
     channel.write(b"\n")  # ready
     channel.flush()
     for line in sys.stdin.buffer:

@@ -27,9 +27,10 @@ def plan_report(config: "IngestConfig", as_json: bool) -> str:
     from ingest.limits import own_meter
     from ingest.sources import limited
 
+    notes = list[str]()
     with limited(own_meter(config.bytes_per_second, config.open_files)):
         with Progress("plan: looking at the sources", 0, "files") as progress:
-            entries = inventory(config, progress.update)
+            entries = inventory(config, progress.update, notes.append)
         report = estimate(entries, config)
     if as_json:
         return json.dumps(dataclasses.asdict(report), indent=1)
@@ -42,7 +43,7 @@ def plan_report(config: "IngestConfig", as_json: bool) -> str:
         f"time     about {format_seconds(report.core_seconds)} on one core "
         f"(from {report.sampled} decoded files); nothing was written"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])
 
 
 def _megabytes(count: float) -> str:

@@ -1,6 +1,7 @@
 """The inventory of the sources of a job, with progress and within its limits of reading."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -23,6 +24,7 @@ def take_inventory(
     from ingest.sources import limited
 
     stored = Inventory(folder / "inventory", names)
+    notes = list[str]()
     with (
         Progress("ingest: looking at the sources", 0, "files", stream=stream) as progress,
         limited(own_meter(config.bytes_per_second, config.open_files)),
@@ -30,7 +32,9 @@ def take_inventory(
         parallel = None  # a limit on reading counts in one process; inline: no process of another kind
         if config.sandbox == "process" and config.bytes_per_second is None and config.open_files is None:
             parallel = scanner(config, workers or os.cpu_count() or 1)
-        stored.append(scan(config, progress.update, progress.expect, parallel))
+        stored.append(scan(config, progress.update, progress.expect, parallel, notes.append))
         stored.close()
         tell_apart(stored, lambda entries: told_apart(entries, config))
+    for note in notes:  # behind the bar
+        print(f"ingest: {note}", file=stream or sys.stderr, flush=True)
     return stored

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 
 import cv2
 import pytest
@@ -201,3 +202,71 @@ def test_a_patient_in_two_splits_of_a_table_is_refused(tmp_path):
     table.write_text("file,modality,patient,split\na.png,CR,P,train\nb.png,CR,P,test\n")
     with pytest.raises(UserError, match="two splits"):
         listed(tmp_path / "s", tables=[{"path": str(table), "split_column": "split"}])
+
+
+def test_the_split_of_a_table_is_that_of_the_patient_for_all_files_listed_or_not(tmp_path):
+    source = tmp_path / "s"
+    for relative in ("sub-01/T1w.nii", "sub-01/T2w.nii", "sub-02/T1w.nii"):
+        nifti(source / relative, len(relative))
+    for number, patient in enumerate(["P1", "P1", "P2"]):
+        write(source / f"{number}.dcm", number=number, patient=patient)
+    table = tmp_path / "t.csv"
+    rows = ["s/sub-01/T1w.nii,mr,,test", "s/0.dcm,mr,P1,val"]
+    table.write_text("\n".join(["file,modality,patient,split", *rows]) + "\n")
+    tables = [{"path": str(table), "split_column": "split"}]
+    splits = {e.relative: e.split for e in listed(source, tables=tables)}
+    assert splits == {
+        "sub-01/T1w.nii": "test",
+        "sub-01/T2w.nii": "test",
+        "sub-02/T1w.nii": "",
+        "0.dcm": "val",
+        "1.dcm": "val",
+        "2.dcm": "",
+    }
+    with zipfile.ZipFile(tmp_path / "s" / "more.zip", "w") as archive:
+        archive.write(source / "1.dcm", "again.dcm")
+    assert {e.relative: e.split for e in listed(source, tables=tables)}["more.zip/again.dcm"] == "val"
+
+
+@pytest.mark.parametrize("patient", ["P2", ""])
+def test_a_split_of_a_dicom_file_under_another_patient_is_refused_not_dropped(tmp_path, patient):
+    write(tmp_path / "s" / "0.dcm", patient="P1")
+    table = tmp_path / "t.csv"
+    table.write_text(f"file,modality,patient,split\ns/0.dcm,mr,{patient},test\n")
+    with pytest.raises(UserError, match="not the patient of their headers"):
+        listed(tmp_path / "s", tables=[{"path": str(table), "split_column": "split"}])
+
+
+def test_a_named_patient_column_must_be_there_and_its_lack_is_told(tmp_path):
+    source = tmp_path / "s"
+    source.mkdir()
+    cv2.imwrite(str(source / "1.png"), grey("uint8", 8))
+    table = tmp_path / "t.csv"
+    table.write_text("file,modality,person\ns/1.png,CR,P1\n")
+    with pytest.raises(UserError, match=r"no column 'PatientID'.*patient_column"):
+        listed(source, tables=[{"path": str(table), "patient_column": "PatientID"}])
+    notes = []
+    for column, patient in (("patient", ""), ("person", "P1"), (None, "")):
+        chosen = config(source, tmp_path / "o", tables=[{"path": str(table), "patient_column": column}])
+        assert [e.patient for e in inventory(chosen, note=notes.append)] == [patient]
+    assert len(notes) == 2 and all(note.startswith("1 listed files have no patient") for note in notes)
+
+
+@pytest.mark.parametrize(
+    "line", ["file;modality;patient", "file\tmodality\tpatient", " file , modality,patient "]
+)
+def test_tables_of_spreadsheets_are_read_as_they_are_saved(tmp_path, line):
+    source = tmp_path / "s"
+    source.mkdir()
+    cv2.imwrite(str(source / "1.png"), grey("uint8", 8))
+    mark = next(m for m in ";\t," if m in line)
+    (source / "images.csv").write_text(f"{line}\n1.png{mark}CR{mark}P1\n")
+    assert [(e.relative, e.modality, e.patient) for e in listed(source)] == [("1.png", "xr", "P1")]
+
+
+def test_a_table_with_a_zero_byte_is_no_table(tmp_path):
+    write(tmp_path / "s" / "f")
+    table = tmp_path / "t.csv"
+    table.write_bytes(b"file,modality\na\0b.png,CR\n")
+    with pytest.raises(UserError, match=r"t\.csv is not a CSV"):
+        listed(tmp_path / "s", tables=[{"path": str(table)}])
