@@ -104,28 +104,23 @@ def submit(
     raise typer.Exit(submit(command, address, run_id, retries, program))
 
 
-@app.command("fit-bands")
-def fit_bands(
+@app.command("fit-energy")
+def fit_energy(
     dataset: Annotated[Path, typer.Option(help="Dataset folder.")],
-    output: Annotated[Path, typer.Argument(help="File to write, for views.band_statistics.")],
-    preset: Annotated[str, typer.Option(help="Preset or YAML file.")] = "demo",
+    output: Annotated[Path, typer.Argument(help="File to write, for views.band_statistics; must be new.")],
+    preset: Annotated[str, typer.Option(help="Preset or YAML file of the run it is for.")] = "demo",
     set_: Settings = None,
     images: Annotated[int, typer.Option(min=1, help="Reference images of each modality.")] = 1000,
 ) -> None:
-    """Fit the statistics of the energy augmentation to a file; pretrain fits its own where none is given."""
-    from trainer.augment.bands import save_statistics
-    from trainer.batches import fit_bands
+    """Fit the reference energies of the energy augmentation to a file. Without one, pretrain fits its own.
+
+    Example: medswav fit-energy --preset paper_2d_xray --dataset DATASET energies.json
+    """
+    from orchestration.fit_energy import fit_energy
     from trainer.config import load_config, text_setting
-    from trainer.files import disk_full_is_clear
 
     config = load_config(preset, [*(set_ or []), text_setting("data.dataset", location(dataset))])
-    if output.exists():
-        raise UserError(f"{output} exists already: choose another name, or remove it")
-    statistics = fit_bands(config, images)
-    with disk_full_is_clear("writing the band statistics"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save_statistics(output, statistics)
-    for name, fitted in statistics.items():
+    for name, fitted in fit_energy(config, output, images).items():
         typer.echo(f"{name}: {fitted.count} images")
 
 

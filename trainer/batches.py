@@ -365,12 +365,12 @@ def _checked_bands(
         if bands is None or name not in bands:
             raise UserError(
                 f"the energy augmentation needs band statistics of {name}: write them with "
-                "medswav fit-bands, or set views.energy_probability=0"
+                "medswav fit-energy, or set views.energy_probability=0"
             )
         if bands[name].sigmas != config.views.sigmas:
             raise UserError(
                 f"the band statistics of {name} were fitted with sigmas {list(bands[name].sigmas)}, "
-                f"views.sigmas is {list(config.views.sigmas)}: run medswav fit-bands again"
+                f"views.sigmas is {list(config.views.sigmas)}: run medswav fit-energy again"
             )
     assert bands is not None
     return {name: bands[name] for name in config.data.modalities}

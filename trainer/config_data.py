@@ -102,7 +102,7 @@ class ViewConfig(Strict):
     linear_probability: Probability = Field(default=0.5, ge=0, le=1)
     linear_gain: Range = (0.9, 1.1)
     linear_offset: Range = (-0.2, 0.2)
-    band_statistics: str | None = None  # file of `medswav fit-bands`; None: RUN/bands.json, fitted at start
+    band_statistics: str | None = None  # file of `medswav fit-energy`; None: RUN/bands.json, fitted at start
 
     @model_validator(mode="after")
     def _possible(self) -> "ViewConfig":

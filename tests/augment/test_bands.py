@@ -203,7 +203,7 @@ def test_fit_and_file_round_trip(tmp_path):
 def test_a_damaged_statistics_file_is_one_clear_line(tmp_path, text):
     path = tmp_path / "bands.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="medswav fit-bands"):
+    with pytest.raises(UserError, match="medswav fit-energy"):
         bands.load_statistics(path)
 
 

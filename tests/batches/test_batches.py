@@ -140,7 +140,7 @@ def test_statistics_are_fitted_to_all_images_there_are(root, bands):
 
 
 def test_missing_or_foreign_statistics_are_refused(root, bands):
-    with pytest.raises(UserError, match="medswav fit-bands"):
+    with pytest.raises(UserError, match="medswav fit-energy"):
         BatchMaker(make.config(root), 0, 1, None)
     with pytest.raises(UserError, match="statistics of us"):
         BatchMaker(make.config(root), 0, 1, {"ct": bands["ct"]})

@@ -155,18 +155,23 @@ def test_verify_of_a_damaged_dataset_is_code_1(tmp_path, capsys):
     assert "problems" in capsys.readouterr().out
 
 
-def test_fit_bands_writes_a_file_once(inputs, tmp_path, capsys):
-    arguments = ["fit-bands", str(tmp_path / "bands.json"), "--dataset", f"{inputs}/data"]
+def test_fit_energy_writes_a_file_once(inputs, tmp_path, capsys):
+    arguments = ["fit-energy", str(tmp_path / "bands.json"), "--dataset", f"{inputs}/data"]
     arguments += ["--set", "data.modalities=[ct]"]
     assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert told.out == "ct: 11 images\n" and "fit-energy: 11/11 images" in told.err and "ETA 0:00" in told.err
+    written = (tmp_path / "bands.json").read_bytes()
+    assert json.loads(written)["version"] == 1
     assert main(arguments) == 2
     one_line(capsys, "exists already")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("bands.json", written)]
 
 
 def test_a_folder_s_name_is_never_read_as_yaml(inputs, tmp_path):
     folder = tmp_path / "study #2: a"
     folder.symlink_to(f"{inputs}/data")
-    arguments = ["fit-bands", str(tmp_path / "bands.json"), "--dataset", str(folder), "--images", "2"]
+    arguments = ["fit-energy", str(tmp_path / "bands.json"), "--dataset", str(folder), "--images", "2"]
     assert main([*arguments, "--set", "data.modalities=[ct]"]) == 0
 
 
@@ -181,6 +186,6 @@ def test_the_command_line_imports_neither_ray_nor_torch_nor_numpy():
 
 
 def test_every_command_has_a_help_text(capsys):
-    for command in ("pretrain", "submit", "fit-bands", "probe", "doctor", "demo", "bench", "ingest"):
+    for command in ("pretrain", "submit", "fit-energy", "probe", "doctor", "demo", "bench", "ingest"):
         assert main([command, "--help"]) == 0
         assert len(capsys.readouterr().out) > 200

@@ -216,15 +216,15 @@ def load_statistics(path: str | Path) -> dict[str, BandStatistics]:
     try:
         body = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise UserError("the band statistics file does not exist: write it with medswav fit-bands") from None
+        raise UserError("the band statistics file does not exist: write it with medswav fit-energy") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         body = None
     if not isinstance(body, dict) or body.get("format") != FILE_FORMAT:
-        raise UserError("this is no band statistics file: write one with medswav fit-bands")
+        raise UserError("this is no band statistics file: write one with medswav fit-energy")
     if body.get("version") != FILE_VERSION:
         raise UserError(
             f"band statistics of version {body.get('version')}, this release reads {FILE_VERSION}: "
-            "write the file anew with medswav fit-bands"
+            "write the file anew with medswav fit-energy"
         )
     try:
         return {
@@ -232,7 +232,9 @@ def load_statistics(path: str | Path) -> dict[str, BandStatistics]:
             for name, s in body["modalities"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError("the band statistics file is damaged: write it anew with medswav fit-bands") from None
+        raise UserError(
+            "the band statistics file is damaged: write it anew with medswav fit-energy"
+        ) from None
 
 
 def _gaussian(image: Image, sigma: float) -> Image:
