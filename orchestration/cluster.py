@@ -257,6 +257,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.requested = False
+        self._raising = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopFlag":
@@ -271,6 +272,15 @@ class StopFlag:
     def __bool__(self) -> bool:
         return self.requested
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it the first signal raises KeyboardInterrupt: of long steps that a kill does not harm."""
+        self._raising = True
+        try:
+            yield
+        finally:
+            self._raising = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             os._exit(130)
@@ -278,3 +288,5 @@ class StopFlag:
         outer = getattr(self._before.get(signal.Signals(number)), "__self__", None)
         if isinstance(outer, StopFlag):  # of a loop around this command (orchestration.watch)
             outer.requested = True
+        if self._raising:
+            raise KeyboardInterrupt

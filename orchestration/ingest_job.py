@@ -55,12 +55,13 @@ def run_ingest(
     """Plan, convert what is not yet committed, sum up. Prints progress and the summary to `stream` (stderr).
 
     workers: units at a time, default one a CPU. planned: what makes the job, by default plan_job. Raises
-    UserError: nothing committed is ever lost by it.
+    UserError, and KeyboardInterrupt for a signal before or behind the units: nothing committed is ever lost.
     """
     say = _printer(stream)
     began = time.monotonic()
     with StopFlag() as stop, _private_folder() as scratch:
-        job = (planned or plan_job)(config, stream, scratch, workers)
+        with stop.at_once():  # the sources may take hours; a plan that is killed is made again
+            job = (planned or plan_job)(config, stream, scratch, workers)
         units = len(job.units) + len(job.done) + job.waiting
         summary = IngestSummary(units=units, already=len(job.done), waiting=job.waiting, absent=job.absent)
         if job.units and not stop:
@@ -77,11 +78,12 @@ def run_ingest(
         elif not job.units and not job.waiting:
             say(job.nothing)
         summary.interrupted = bool(stop) and summary.committed + summary.already < summary.units - job.waiting
-    if not summary.interrupted:
-        summary.excluded = leave_out(job.store, stream).reasons()
-    _sum_up(summary, job, config)
-    if not summary.interrupted and summary.total:
-        _join_labels(job, config, say)
+    with StopFlag() as stop, stop.at_once():  # what follows is made again by the next run
+        if not summary.interrupted:
+            summary.excluded = leave_out(job.store, stream).reasons()
+        _sum_up(summary, job, config)
+        if not summary.interrupted and summary.total:
+            _join_labels(job, config, say)
     summary.seconds = time.monotonic() - began
     for line in summary_lines(summary, config):
         say(line)

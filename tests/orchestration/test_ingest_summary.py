@@ -1,10 +1,15 @@
 """The end of `ingest run` tells the truth: what is not converted is said and is not exit code 0."""
 
 import io
+import os
+import signal
+import time
 
 import pytest
 
 from ingest.convert import run_unit
+from orchestration import ingest_job
+from orchestration.cli import run_app
 from orchestration.cli_ingest import build_config
 from orchestration.ingest_job import _Conversion, plan_job, run_ingest
 from orchestration.ingest_summary import IngestSummary, summary_lines
@@ -84,3 +89,33 @@ def test_a_unit_that_another_driver_released_is_not_called_committed(given):
 
 def test_a_plan_has_no_output(tmp_path):
     assert build_config([tmp_path], None).output == ""
+
+
+def signalled(number):
+    """Stands for a long step in which a signal comes."""
+
+    def step(*given):
+        os.kill(os.getpid(), number)
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        raise AssertionError("the step went on")
+
+    return step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", ["take_inventory", "leave_out"])
+def test_a_signal_while_sources_are_scanned_or_images_compared_ends_the_run_with_130(
+    given, monkeypatch, capsys, step, number
+):
+    settings = given[1]
+    convert(settings)
+    monkeypatch.setattr(ingest_job, step, signalled(number))
+    before = signal.getsignal(number)
+    code = run_app(lambda *_, **__: run_ingest(settings, stream=io.StringIO()).exit_code, "ingest", [])
+    assert code == 130 and "the same command continues" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    monkeypatch.setenv("MEDSWAV_KEY", "ab" * 32)
+    assert run_ingest(settings, stream=io.StringIO()).exit_code == 0
