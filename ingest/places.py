@@ -13,7 +13,7 @@ _HARMLESS = frozenset({"lost+found"})  # of a file system of its own
 
 
 def check_output(config: IngestConfig) -> None:
-    """Raises UserError where the output is, or holds, a source, or is a folder of other files."""
+    """Raises UserError where the output is, or holds, a source, has other files or cannot be written."""
     for source in config.sources:
         if is_url(source) and f"{source.rstrip('/')}/".startswith(config.output.rstrip("/") + "/"):
             raise UserError("the output is a source or holds one: choose another, empty or new prefix")
@@ -28,6 +28,12 @@ def check_output(config: IngestConfig) -> None:
             raise UserError("the output folder is a source or holds one: choose another, empty or new folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {config.output} is a file: choose an empty or new folder")
+    place = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not os.access(place, os.W_OK | os.X_OK):  # now, not behind a scan of hours
+        raise UserError(
+            f"the output {config.output} cannot be written: change the permissions of {place} or mount it "
+            "writable, or choose another folder"
+        )
     if (output / NAME).exists() or not output.exists():
         return
     try:

@@ -56,13 +56,13 @@ def status_report(dataset: Path, as_json: bool) -> str:
     from shards.commit import list_commits
     from shards.dataset import read_info
     from shards.objects import open_store
-    from shards.plan import read_plans
+    from shards.plan import planned_units
     from shards.retries import input_count
 
     store = open_store(dataset)
     info = read_info(store)
     commits = list_commits(store)
-    planned = {unit.unit for unit in read_plans(store)}
+    planned = planned_units(store)
     done = {commit.unit for commit in commits}
     left_out = exclusions.read(store)
     facts: dict[str, Any] = {
@@ -110,11 +110,17 @@ def _status_lines(facts: dict[str, Any]) -> list[str]:
 
 def verify_report(dataset: Path, deep: bool, as_json: bool) -> tuple[bool, str]:
     """(clean, text). Raises UserError where `dataset` is none."""
+    from shards.commit import committed_units
+    from shards.objects import open_store
+    from shards.plan import planned_units
     from shards.verify import verify
 
-    report = verify(dataset, deep=deep)
+    store = open_store(dataset)
+    report = verify(store, deep=deep)
+    missing = len(planned_units(store) - committed_units(store))
     if as_json:
-        return report.clean, json.dumps(dataclasses.asdict(report) | {"clean": report.clean}, indent=1)
+        facts = {"clean": report.clean, "units_missing": missing}
+        return report.clean, json.dumps(dataclasses.asdict(report) | facts, indent=1)
     lines = [str(problem) for problem in report.problems]
     volumes = f"{report.volumes} volumes, " if report.volumes else ""
     what = "every file hashed, every image decoded" if deep else "sizes and indexes; --deep checks contents"
@@ -124,6 +130,8 @@ def verify_report(dataset: Path, deep: bool, as_json: bool) -> tuple[bool, str]:
         f"{report.samples} images, {left_out}{volumes}{report.quarantined} refusals, "
         f"{report.size} bytes ({what})"
     )
+    if missing:
+        lines.append(f"{missing} planned units are not committed: run the same `ingest run` again")
     if report.orphans:
         lines.append(f"{len(report.orphans)} files that no commit names (harmless: no reader sees them)")
     return report.clean, "\n".join(lines)

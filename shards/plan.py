@@ -59,6 +59,11 @@ def read_plan(store: Store, name: str) -> pa.Table:
     return parquet.read_bytes(store.read(name))
 
 
+def planned_units(store: Store) -> set[str]:
+    """Ids of all planned units, without their inputs."""
+    return {u for n in plan_names(store) for u in parquet.read(store, n, ["unit"])["unit"].to_pylist()}
+
+
 def read_plans(store: Store, names: Iterable[str] | None = None) -> list[PlannedUnit]:
     """The units of the named plans (default: all of a dataset), each once, sorted by unit id."""
     units: dict[str, PlannedUnit] = {}

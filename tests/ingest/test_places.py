@@ -1,9 +1,13 @@
 """A run never writes into or above its sources, nor among other files, and never reads a key."""
 
+import io
+import os
+
 import pytest
 
 from ingest.discover import inventory
 from ingest.places import check_output
+from orchestration.ingest_job import plan_job
 from shards.errors import UserError
 from tests.ingest.files import config, ingest, write
 
@@ -40,3 +44,18 @@ def test_a_plan_without_an_output_skips_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = config(tmp_path, tmp_path).model_copy(update={"output": ""})
     assert [entry.relative for entry in inventory(settings)] == ["dataset/f"]
+
+
+@pytest.mark.parametrize("place", ["there", "new/below"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_sources_are_scanned(
+    tmp_path, monkeypatch, place
+):
+    source = write(tmp_path / "s" / "f").parent
+    (tmp_path / "there").mkdir()
+    closed = tmp_path / ("there" if place == "there" else "")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(closed))  # root may write anywhere
+    before = sorted(tmp_path.rglob("*"))
+    said = io.StringIO()
+    with pytest.raises(UserError, match="cannot be written: change the permissions of"):
+        plan_job(config(source, tmp_path / place), said)
+    assert sorted(tmp_path.rglob("*")) == before and said.getvalue() == ""

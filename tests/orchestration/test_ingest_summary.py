@@ -1,9 +1,11 @@
 """The end of `ingest run` tells the truth: what is not converted is said and is not exit code 0."""
 
 import io
+import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from orchestration import ingest_job
 from orchestration.cli import run_app
 from orchestration.cli_ingest import build_config
 from orchestration.ingest_job import _Conversion, plan_job, run_ingest
+from orchestration.ingest_report import status_report, verify_report
 from orchestration.ingest_summary import IngestSummary, summary_lines
 from orchestration.metrics import Metrics
 from shards.commit import release_unit
@@ -48,6 +51,17 @@ def test_files_of_a_source_that_is_not_given_are_code_3_until_it_is(given, tmp_p
     assert "nothing to do" not in said.getvalue()
     convert(settings)
     assert run_ingest(other, stream=said).exit_code == run_ingest(settings, stream=said).exit_code == 0
+
+
+def test_verify_says_what_a_killed_run_has_left_to_do(given):
+    settings = given[1]
+    plan_job(settings, io.StringIO())  # killed before any unit
+    clean, text = verify_report(Path(settings.output), False, False)
+    assert clean and "1 planned units are not committed: run the same `ingest run` again" in text
+    assert json.loads(verify_report(Path(settings.output), False, True)[1])["units_missing"] == 1
+    assert status_report(Path(settings.output), False).startswith("units    0 of 1 committed (1 to do")
+    convert(settings)
+    assert "not committed" not in verify_report(Path(settings.output), False, False)[1]
 
 
 def test_damaged_files_count_in_the_failure_budget(given):
