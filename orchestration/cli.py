@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration import cli_ingest
+from orchestration import cli_ingest, cli_presets
 from orchestration.cluster import JobFailedError
 from shards.errors import UserError
 from shards.objects import location
@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_ingest.app, name="ingest")
+app.add_typer(cli_presets.app, name="presets")
 
 
 @app.command()

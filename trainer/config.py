@@ -8,11 +8,9 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from shards.errors import UserError
@@ -23,6 +21,7 @@ from trainer.config_data import IntensityConfig as IntensityConfig
 from trainer.config_data import Range as Range
 from trainer.config_data import Strict
 from trainer.config_data import ViewConfig as ViewConfig
+from trainer.preset_files import preset_settings
 
 SHARED = "all"  # name of the one group of swav.groups=shared, in metrics and prototypes
 BackboneOption = bool | int | float | str
@@ -241,18 +240,12 @@ def in_steps(name: str, section: Strict, other: str, steps: int, prefix: str = "
     return steps
 
 
-def preset_names() -> list[str]:
-    return sorted(
-        p.name.removesuffix(".yaml") for p in _preset_folder().iterdir() if p.name.endswith(".yaml")
-    )
-
-
 def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """A preset's name (or a YAML file) and `a.b=value` overrides to a config. Raises UserError.
 
     An override of max_steps takes the place of the preset's max_samples, and so on (ALTERNATIVES).
     """
-    tree = _read_tree(preset)
+    tree = preset_settings(preset)
     names = {item.partition("=")[0] for item in overrides}
     for name, other in ALTERNATIVES:
         if name in names and other not in names:
@@ -316,29 +309,6 @@ def few_samples_warning(config: TrainConfig) -> str | None:
         f"ratio of {ratio:.2f}, below .3: codes will be diffuse; raise swav.queue_length or lower "
         f"swav.prototypes"
     )
-
-
-def _preset_folder() -> Any:
-    return resources.files("trainer") / "presets"
-
-
-def _read_tree(preset: str) -> dict[str, Any]:
-    if preset.endswith((".yaml", ".yml")):
-        path = Path(preset)
-        if not path.is_file():
-            raise UserError(f"config file {preset} does not exist")
-        text = path.read_text()
-    else:
-        if preset not in preset_names():
-            raise UserError(f"no preset is called {preset!r}: choose from {', '.join(preset_names())}")
-        text = (_preset_folder() / f"{preset}.yaml").read_text()
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError:
-        raise UserError(f"{preset} is not valid YAML") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{preset} must hold a mapping of settings")
-    return tree
 
 
 def _first_problem(error: ValidationError) -> str:

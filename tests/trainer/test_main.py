@@ -112,7 +112,7 @@ def test_a_finished_run_has_an_encoder_and_says_that_nothing_is_left_to_do(prese
         (["--set", "data.dataset=/nowhere"], "dataset"),
         (["--set", "data.dataset=''"], "data.dataset is not set"),
         (["--set", "data.modalities=[ct, us]"], "the dataset has no us images"),
-        (["--preset", "papper"], "no preset is called 'papper': choose from demo, paper-2d"),
+        (["--preset", "papper"], "no preset is called 'papper': choose from demo, paper_2d_mixed"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(preset, tmp_path, capsys, more, text):
@@ -201,7 +201,7 @@ def test_every_world_size_trains_on_the_same_samples_in_the_same_steps(preset, t
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(setting, text):
     with pytest.raises(UserError, match=text):
-        load_config("paper-2d", [setting, "max_steps=100000"])
+        load_config("paper_2d_xray", [setting, "max_steps=100000"])
 
 
 def test_a_stop_during_the_fit_of_the_bands_exits_130_and_leaves_nothing(
@@ -224,20 +224,3 @@ def test_the_fit_of_the_bands_tells_each_image(preset, tmp_path):
     seen: list[tuple[int, int]] = []
     prepare(config_of(preset), tmp_path, lambda done, total: seen.append((done, total)))
     assert seen == [(done, 24) for done in range(1, 25)]
-
-
-def test_the_paper_s_preset_is_table_one():
-    config = load_config("paper-2d")
-    assert [(c.count, c.size) for c in config.views.crops] == [(2, 224), (6, 92)]
-    assert (config.views.default_size_range, config.views.border) == ((600, 1200), (0.1, 0.1))
-    swav, optim = config.swav, config.optim
-    assert (swav.temperature, swav.epsilon, swav.sinkhorn_iterations) == (0.1, 0.03, 3)
-    assert (swav.prototypes, swav.queue_length, swav.freeze_prototypes_steps) == (3000, 3840, 10_000)
-    assert (config.model.feature_dim, swav.assign) == (128, (0, 1))
-    assert (optim.learning_rate, optim.final_learning_rate, optim.weight_decay) == (0.6, 0.0006, 1e-6)
-    # Where the table is silent, the defaults are the same reading of it.
-    changed = {"views": {"geometry"}, "swav": {"queue_start_step"}}
-    for name, keys in changed.items():
-        ours, default = getattr(config, name), getattr(TrainConfig(), name)
-        skipped = keys | ({"crops"} if name == "views" else set())
-        assert ours.model_dump(exclude=skipped) == default.model_dump(exclude=skipped)
