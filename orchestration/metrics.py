@@ -71,16 +71,21 @@ METRICS: tuple[Metric, ...] = (
     Metric("medswav_train_samples_total", "counter", "images trained on, all ranks"),
     Metric("medswav_train_loss", "gauge", "swapped-prediction loss", ("modality",)),
     Metric("medswav_train_loss_minus_ln_k", "gauge", "loss less ln K; 0: nothing learned", ("modality",)),
+    Metric("medswav_train_target_entropy", "gauge", "entropy of the codes in nats", ("modality",)),
     Metric("medswav_train_target_perplexity", "gauge", "exp of the entropy of the codes", ("modality",)),
     Metric("medswav_train_prediction_entropy", "gauge", "entropy of the predictions in nats", ("modality",)),
     Metric(
         "medswav_train_effective_prototypes", "gauge", "exp of the entropy of prototype use", ("modality",)
     ),
-    Metric("medswav_train_dead_prototypes", "gauge", "prototypes that no code uses", ("modality",)),
+    Metric("medswav_train_dead_prototypes", "gauge", "prototypes hardly used of late", ("modality",)),
+    Metric("medswav_train_dead_prototypes_ratio", "gauge", "share of the prototypes", ("modality",)),
     Metric(
         "medswav_train_feature_std", "gauge", "mean standard deviation of the unit features", ("modality",)
     ),
     Metric("medswav_train_effective_rank", "gauge", "effective rank of the features", ("modality",)),
+    Metric("medswav_train_queue_fill_ratio", "gauge", "share of the queue that is filled", ("modality",)),
+    Metric("medswav_train_queue_age_steps", "gauge", "mean age of the queue's entries", ("modality",)),
+    Metric("medswav_train_queue_oldest_steps", "gauge", "age of the queue's oldest entry", ("modality",)),
     Metric("medswav_train_learning_rate", "gauge", "learning rate of the step"),
     Metric("medswav_train_data_wait_ratio", "gauge", "share of the step time spent waiting for data"),
     Metric("medswav_train_gpu_memory_bytes", "gauge", "peak memory that torch allocated on the GPU, rank 0"),
@@ -91,15 +96,21 @@ METRICS: tuple[Metric, ...] = (
 
 # Values of the modality label that stand for the whole batch.
 ALL = "all"
+# What train_step calls a diagnostic of a modality: the metric's name behind medswav_train_.
 _PER_MODALITY = {
-    "loss",
-    "loss_minus_ln_k",
-    "target_perplexity",
-    "prediction_entropy",
-    "effective_prototypes",
-    "dead_prototypes",
-    "feature_std",
-    "effective_rank",
+    "loss": "loss",
+    "loss_minus_ln_k": "loss_minus_ln_k",
+    "target_entropy": "target_entropy",
+    "target_perplexity": "target_perplexity",
+    "prediction_entropy": "prediction_entropy",
+    "effective_prototypes": "effective_prototypes",
+    "dead_prototypes": "dead_prototypes",
+    "dead_share": "dead_prototypes_ratio",
+    "feature_std": "feature_std",
+    "effective_rank": "effective_rank",
+    "queue_fill": "queue_fill_ratio",
+    "queue_age_steps": "queue_age_steps",
+    "queue_oldest_steps": "queue_oldest_steps",
 }
 
 
@@ -143,7 +154,7 @@ def observe_step(metrics: Metrics, step: Mapping[str, float]) -> None:
     for key, value in step.items():
         parts = key.split("/")
         if len(parts) == 3 and parts[0] == "m" and parts[2] in _PER_MODALITY:
-            metrics.set(f"medswav_train_{parts[2]}", value, modality=parts[1])
+            metrics.set(f"medswav_train_{_PER_MODALITY[parts[2]]}", value, modality=parts[1])
     for name in ("loss", "loss_minus_ln_k"):
         if name in step:
             metrics.set(f"medswav_train_{name}", step[name], modality=ALL)

@@ -29,7 +29,8 @@ from trainer.export import encoder_info, save_encoder
 from trainer.meter import Meter, OnMetrics, not_finite
 from trainer.models.initial import load_initial
 from trainer.optim import build_optimizer
-from trainer.step import train_step, unwrap
+from trainer.step import is_logged, train_step, unwrap
+from trainer.swav.diagnostics import PrototypeUse, queue_diagnostics
 from trainer.swav.queue import FeatureQueue, build_queue
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     queue: FeatureQueue | None
+    use: PrototypeUse
 
 
 def train(
@@ -119,6 +121,8 @@ def train(
                 autocast=uses_bf16(run),
                 sizes=batch.sizes if config.swav.groups == "per-modality" else None,
             )
+            if is_logged(step, config):
+                metrics = of_last_steps(run, state, metrics)
             meter.add(step, metrics)
             step += 1
             saving = step % config.checkpoint.every_steps == 0 or step == config.max_steps
@@ -145,7 +149,7 @@ def build_state(run: Run) -> TrainState:
     optimizer = build_optimizer(model, config.optim)
     if run.world > 1:
         model = in_parallel(model, run.device)
-    return TrainState(model, optimizer, build_queue(config, run.device))
+    return TrainState(model, optimizer, build_queue(config, run.device), PrototypeUse())
 
 
 def in_parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -192,6 +196,7 @@ def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
         checkpoint.restore_optimizer(state.optimizer, found.part("optimizer"))
         if state.queue is not None:
             state.queue.load_state_dict(found.part("queue"))
+        state.use.load_state_dict(found.part("use"), run.device)
     return step, Attempt(run.folder, int(answer["attempt"]))
 
 
@@ -237,6 +242,7 @@ def save(run: Run, state: TrainState, step: int, attempt: Attempt) -> None:
     tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
     if state.queue is not None:
         tensors |= {f"queue.{name}": value for name, value in state.queue.state_dict().items()}
+    tensors |= {f"use.{name}": value for name, value in state.use.state_dict().items()}
     about = {
         "config": run.config.model_dump(mode="json"),
         "dataset_fingerprint": run.dataset_fingerprint,
@@ -260,6 +266,15 @@ def export(run: Run, state: TrainState, step: int, attempt: Attempt, *, again: b
 
     from_rank_zero(write, rank=run.rank, world=run.world, device=run.device)
     return path
+
+
+def of_last_steps(run: Run, state: TrainState, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of a logged step, with what it alone does not show: use of prototypes, age of the queue."""
+    config = run.config
+    images = config.data.batch_size // len(config.groups)
+    metrics = state.use.replace(metrics, images * config.views.n_crops)
+    queue = queue_diagnostics(state.queue, images)
+    return metrics | {f"m/{group}/{name}": value for group in config.groups for name, value in queue.items()}
 
 
 def to_device(run: Run, batch: "Batch") -> list[Tensor]:

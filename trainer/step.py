@@ -38,8 +38,8 @@ def train_step(
     [count, n, C, S, S], [count, n, S, S] or [count * n, C, S, S], uint8 or float in [0, 1], on the model's
     device. step: 0-based. autocast: bf16 forward. sizes: see Embedder.forward.
     Always returned: loss (this rank's) and learning_rate. On logged steps loss is the mean over ranks, and
-    there are m/<modality>/<diagnostic> (m/all/... with swav.groups=shared) and loss_minus_ln_k, or for SimCLR
-    loss_minus_chance.
+    there are m/<modality>/<diagnostic> (m/all/... with swav.groups=shared; of them m/<modality>/use is a
+    vector) and loss_minus_ln_k, or for SimCLR loss_minus_chance.
     """
     core = unwrap(model)
     crops = as_groups(crops, config)

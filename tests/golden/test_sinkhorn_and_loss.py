@@ -143,6 +143,7 @@ def _diagnose(features: Tensor, prototypes: Tensor) -> dict[str, float]:
     return {
         name: value.item()
         for name, value in modality_diagnostics([loss], [features], [scores], [codes], 0.1)[0].items()
+        if name != "use"
     }
 
 

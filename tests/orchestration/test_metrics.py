@@ -9,6 +9,8 @@ import pytest
 
 from orchestration.metrics import ALL, METRICS, TARGETS_FILE, Metrics, endpoint, observe_step
 from shards.errors import UserError
+from tests.trainer.fake import FINGERPRINT, FakeBatches, tiny
+from trainer.loop import train
 
 STEP = {
     "step": 9.0,
@@ -21,6 +23,8 @@ STEP = {
     "m/ct/loss": 3.4,
     "m/xr/loss": 3.6,
     "m/ct/dead_prototypes": 2.0,
+    "m/ct/dead_share": 0.25,
+    "m/ct/queue_age_steps": 8.0,
     "m/ct/something_new": 1.0,
     "loader/decode": 0.02,
     "loader/depth": 3.0,
@@ -50,12 +54,28 @@ def test_a_step_is_booked_per_modality_and_in_sum():
     assert metrics.value("medswav_train_loss", modality="ct") == 3.4
     assert metrics.value("medswav_train_loss", modality=ALL) == 3.5
     assert metrics.value("medswav_train_dead_prototypes", modality="ct") == 2
+    assert metrics.value("medswav_train_dead_prototypes_ratio", modality="ct") == 0.25
+    assert metrics.value("medswav_train_queue_age_steps", modality="ct") == 8
     assert metrics.value("medswav_train_samples_total") == 128
     assert metrics.value("medswav_loader_samples_total", modality="xr") == 64
     assert metrics.value("medswav_train_data_wait_ratio") == pytest.approx(0.2)
     assert metrics.value("medswav_train_step_seconds_count") == 2
     assert metrics.value("medswav_loader_stage_seconds_count", stage="decode") == 2
     assert metrics.value("medswav_loader_queue_depth") == 3
+
+
+def test_every_diagnostic_of_a_step_has_a_metric(tmp_path):
+    """Of a real run: a diagnostic that is added to the training is served, too."""
+    seen: list[dict[str, float]] = []
+    config = tiny(max_steps=4, log_every_steps=3)  # the queue has entries from step 2 on
+    train(config, FakeBatches(config), tmp_path, dataset_fingerprint=FINGERPRINT, on_metrics=seen.append)
+    names = {name.split("/")[2] for name in seen[-1] if name.startswith("m/xr/")}
+    assert len(names) == 13
+    metrics = Metrics("train")
+    observe_step(metrics, seen[-1])
+    served = {m.name: metrics.value(m.name, modality="xr") for m in METRICS if m.labels == ("modality",)}
+    values = [value for name, value in served.items() if value is not None and "_train_" in name]
+    assert sorted(values) == sorted(seen[-1][f"m/xr/{name}"] for name in names)
 
 
 def test_two_jobs_in_one_process_do_not_share_a_registry():

@@ -126,7 +126,7 @@ def _train(
             crops = [c[:, :, rank * b : (rank + 1) * b].flatten(1, 2) for c in _crops(step)]
             sizes = None
         metrics = train_step(model, optimizer, queue, crops, step, config, sizes=sizes)
-    return core.state_dict(), {k: float(v) for k, v in metrics.items()}, queue
+    return core.state_dict(), {k: float(v) for k, v in metrics.items() if not k.endswith("/use")}, queue
 
 
 def _train_rank(
