@@ -2,8 +2,9 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ingest.config import IngestConfig
 from ingest.convert import read_entry
@@ -42,26 +43,54 @@ class _Measured:
     seconds: float = 0.0
 
 
-def estimate(entries: Sequence[Entry], config: IngestConfig, sample: int = 48) -> PlanReport:
-    """Counts of all entries; cost, size and further refusals scaled up from about `sample` decoded files."""
-    report = PlanReport(
-        inputs=len(entries),
-        bytes_in=sum(entry.size for entry in entries),
-        kinds=dict(Counter(entry.kind for entry in entries)),
-        modalities=dict(Counter(entry.modality for entry in entries)),
-    )
-    refusals: Counter[str] = Counter(entry.hint for entry in entries if entry.hint)
-    strata: dict[tuple[str, str], list[Entry]] = defaultdict(list)
-    for entry in entries:
-        if not entry.hint:
-            strata[entry.kind, entry.modality].append(entry)
+class Entries(Protocol):
+    """A list of entries, or an Inventory on disk."""
+
+    def __iter__(self) -> Iterator[Entry]: ...
+
+    def __getitem__(self, number: int, /) -> Entry: ...
+
+
+class _Stratum:
+    """The files of one kind and partition: how many, and up to 2 x `most` of their numbers, evenly spread."""
+
+    def __init__(self, most: int) -> None:
+        self.count, self.numbers = 0, list[int]()
+        self._most, self._step = most, 1
+
+    def add(self, number: int) -> None:
+        if self.count % self._step == 0:
+            self.numbers.append(number)
+            if len(self.numbers) > 2 * self._most:
+                self.numbers, self._step = self.numbers[::2], 2 * self._step
+        self.count += 1
+
+
+def estimate(entries: Entries, config: IngestConfig, sample: int = 48) -> PlanReport:
+    """Counts of all entries; cost, size and further refusals scaled up from about `sample` decoded files.
+
+    Memory: `sample` numbers for each kind and partition, whatever the number of entries.
+    """
+    report = PlanReport()
+    kinds, modalities, refusals = Counter[str](), Counter[str](), Counter[str]()
+    strata: dict[tuple[str, str], _Stratum] = defaultdict(lambda: _Stratum(max(4, sample)))
+    for number, entry in enumerate(entries):
+        report.inputs += 1
+        report.bytes_in += entry.size
+        kinds[entry.kind] += 1
+        modalities[entry.modality] += 1
+        if entry.hint:
+            refusals[entry.hint] += 1
+        else:
+            strata[entry.kind, entry.modality].add(number)
+    report.kinds, report.modalities = dict(kinds), dict(modalities)
     images: Counter[str] = Counter()
     reader = open_reader(config)
     try:
         for _, members in sorted(strata.items()):
-            chosen = _spread(members, max(4, sample // max(1, len(strata))))
-            measured = _measure(chosen, config, reader)
-            scale = len(members) / measured.files
+            numbers = _spread(members.numbers, max(4, sample // max(1, len(strata))))
+            measured = _measure([entries[number] for number in numbers], config, reader)
+            scale = members.count / measured.files
             report.sampled += measured.files
             report.bytes_out += round(measured.bytes_out * scale)
             report.core_seconds += measured.seconds * scale
@@ -99,5 +128,5 @@ def _encoded_bytes(frame: Frame, data: bytes) -> int:
     return len(data) + 3072  # the JSON, the tar headers and padding, the catalogue row
 
 
-def _spread(members: list[Entry], most: int) -> list[Entry]:
+def _spread(members: list[int], most: int) -> list[int]:
     return members if len(members) <= most else [members[i * len(members) // most] for i in range(most)]

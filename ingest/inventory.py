@@ -158,6 +158,11 @@ class Inventory:
         columns = _batch(str(self._path("rows", part)), row // _BATCH_ROWS)
         return _entry(columns, row % _BATCH_ROWS)
 
+    __getitem__ = entry
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self.entries()
+
     def entries(self) -> Iterator[Entry]:
         """All of them, in the order of the rows."""
         return (self.entry(number) for number in range(self._written))

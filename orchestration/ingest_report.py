@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration import keys
-from orchestration.progress import Progress, format_seconds
+from orchestration.cluster import process_folder
+from orchestration.progress import format_seconds
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,16 +25,19 @@ LEFT_OUT_TEXT = {
 
 def plan_report(config: "IngestConfig", as_json: bool) -> str:
     """What a run would meet and cost, from the headers and a decoded sample. Raises UserError."""
-    from ingest.discover import inventory
     from ingest.estimate import estimate
+    from ingest.inventory import forget_parts
     from ingest.limits import own_meter
     from ingest.sources import limited
+    from orchestration.inventory_job import take_inventory
+    from shards.ids import Pseudonymizer
 
-    notes = list[str]()
-    with limited(own_meter(config.bytes_per_second, config.open_files)):
-        with Progress("plan: looking at the sources", 0, "files") as progress:
-            entries = inventory(config, progress.update, notes.append)
-        report = estimate(entries, config)
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=process_folder()) as folder:
+        # On disk, as for a run: sources may hold any number of files. Nobody sees the pseudonyms of a plan.
+        entries = take_inventory(config, Pseudonymizer(os.urandom(32)), Path(folder), None, None)
+        with limited(own_meter(config.bytes_per_second, config.open_files)):
+            report = estimate(entries, config)
+        forget_parts()
     if as_json:
         return json.dumps(dataclasses.asdict(report), indent=1)
     lines = [f"files    {report.inputs} ({_megabytes(report.bytes_in)})"]
@@ -43,7 +49,7 @@ def plan_report(config: "IngestConfig", as_json: bool) -> str:
         f"time     about {format_seconds(report.core_seconds)} on one core "
         f"(from {report.sampled} decoded files); nothing was written"
     )
-    return "\n".join([*lines, *notes])
+    return "\n".join(lines)
 
 
 def _megabytes(count: float) -> str:

@@ -1,13 +1,15 @@
 """Units are the same whatever the order of files, keep series whole, and survive a resume."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from ingest.convert import SourceChangedError, dataset_info, run_unit
 from ingest.discover import inventory
-from ingest.estimate import estimate
+from ingest.estimate import _Stratum, estimate
+from ingest.inventory import Inventory
 from ingest.plan import make_units, plan_of, plan_units
 from shards import catalog
 from shards.commit import release_unit
@@ -166,6 +168,27 @@ def test_two_drivers_plan_no_input_twice(source, tmp_path, monkeypatch):
     assert len(second.units) == len(first[0].units)
     run(settings)
     assert catalog.load(tmp_path / "out").num_rows == 13 and verify(tmp_path / "out").clean
+
+
+def test_an_inventory_on_disk_is_estimated_as_a_list_is(source, tmp_path):
+    settings = config(source, tmp_path / "out")
+    entries = inventory(settings)
+    stored = Inventory(tmp_path / "scratch", NAMES)
+    stored.append(entries)
+    stored.close()
+    wanted, found = (estimate(some, settings, sample=4) for some in (entries, stored))
+    wanted.core_seconds = found.core_seconds = 0.0
+    assert found == wanted and found.sampled == 4
+
+
+def test_the_sample_of_many_files_is_small_and_even():
+    stratum = _Stratum(48)
+    for number in range(100_000):
+        stratum.add(number)
+    assert stratum.count == 100_000 and 48 <= len(stratum.numbers) <= 96
+    steps = {b - a for a, b in pairwise(stratum.numbers)}
+    assert len(steps) == 1 and stratum.numbers[0] == 0
+    assert 100_000 - stratum.numbers[-1] <= steps.pop()
 
 
 def test_the_plan_counts_without_writing(source, tmp_path):
