@@ -38,7 +38,7 @@ Settings = Annotated[
 ]
 Table = Annotated[
     list[Path] | None,
-    typer.Option(help="CSV that lists images (columns file, modality, patient, label); may be repeated."),
+    typer.Option(help="CSV that lists images (columns file, modality, patient); may be repeated."),
 ]
 BytesPerSecond = Annotated[
     str | None,
