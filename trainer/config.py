@@ -25,6 +25,7 @@ from trainer.preset_files import preset_settings
 
 SHARED = "all"  # name of the one group of swav.groups=shared, in metrics and prototypes
 BackboneOption = bool | int | float | str
+Arithmetic = Literal["auto", "bf16", "fp16", "fp32"]
 
 OWN_BACKBONES = ("resnet-tiny", "resnet18", "resnet50", "resnet152", "resnet50w2", "resnet50w4")
 LIBRARIES = ("torchvision", "timm")
@@ -140,7 +141,7 @@ class TrainConfig(Strict):
     max_steps: int = Field(default=100_000, gt=0)  # open point F
     max_samples: int | None = Field(default=None, gt=0)  # open point F; instead of max_steps
     epoch_samples: int | None = Field(default=None, gt=0)  # open point F; a virtual epoch
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    precision: Arithmetic = "auto"  # auto: bf16 on a GPU (fp16 where it has no bf16), fp32 on a CPU
     threads: int = Field(default=1, gt=0)  # torch threads of a rank on a CPU
     log_every_steps: int = Field(default=10, gt=0)
     data: DataConfig = DataConfig()

@@ -29,6 +29,7 @@ from trainer.export import encoder_info, save_encoder
 from trainer.meter import Meter, OnMetrics, not_finite
 from trainer.models.initial import load_initial
 from trainer.optim import build_optimizer
+from trainer.precision import Precision, build_precision
 from trainer.step import is_logged, train_step, unwrap
 from trainer.swav.diagnostics import PrototypeUse, queue_diagnostics
 from trainer.swav.queue import FeatureQueue, build_queue
@@ -73,6 +74,7 @@ class TrainState:
     optimizer: Optimizer
     queue: FeatureQueue | None
     use: PrototypeUse
+    precision: Precision
 
 
 def train(
@@ -118,7 +120,7 @@ def train(
                 crops,
                 step,
                 config,
-                autocast=uses_bf16(run),
+                precision=state.precision,
                 sizes=batch.sizes if config.swav.groups == "per-modality" else None,
             )
             if is_logged(step, config):
@@ -149,7 +151,8 @@ def build_state(run: Run) -> TrainState:
     optimizer = build_optimizer(model, config.optim)
     if run.world > 1:
         model = in_parallel(model, run.device)
-    return TrainState(model, optimizer, build_queue(config, run.device), PrototypeUse())
+    precision = build_precision(config.precision, run.device)
+    return TrainState(model, optimizer, build_queue(config, run.device), PrototypeUse(), precision)
 
 
 def in_parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -197,6 +200,7 @@ def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
         if state.queue is not None:
             state.queue.load_state_dict(found.part("queue"))
         state.use.load_state_dict(found.part("use"), run.device)
+        state.precision.load_state(found.part("precision"))
     return step, Attempt(run.folder, int(answer["attempt"]))
 
 
@@ -243,6 +247,7 @@ def save(run: Run, state: TrainState, step: int, attempt: Attempt) -> None:
     if state.queue is not None:
         tensors |= {f"queue.{name}": value for name, value in state.queue.state_dict().items()}
     tensors |= {f"use.{name}": value for name, value in state.use.state_dict().items()}
+    tensors |= {f"precision.{name}": value for name, value in state.precision.state().items()}
     about = {
         "config": run.config.model_dump(mode="json"),
         "dataset_fingerprint": run.dataset_fingerprint,
@@ -291,11 +296,6 @@ def to_device(run: Run, batch: "Batch") -> list[Tensor]:
             crop = crop.pin_memory().to(run.device, non_blocking=True)
         crops.append(crop.unsqueeze(2).expand(-1, -1, config.model.in_channels, -1, -1))
     return crops
-
-
-def uses_bf16(run: Run) -> bool:
-    precision = run.config.precision
-    return precision == "bf16" or (precision == "auto" and run.device.type == "cuda")
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer import checkpoint, journal
 from trainer.attempts import Attempt
@@ -19,7 +20,8 @@ OnMetrics = Callable[[dict[str, float]], None]
 
 
 class NotFiniteError(RuntimeError):
-    """The loss or a weight is nan or infinite: going on is useless, the last good checkpoint is kept."""
+    """The loss, a gradient or a weight is nan or infinite: going on is useless, the last good checkpoint is
+    kept."""
 
 
 class Meter:
@@ -59,17 +61,20 @@ class Meter:
         return self._device.type == "cpu" or is_logged(steps_done - 1, self._config)
 
     def settle(self, stop: bool) -> bool:
-        """Write and report the pending steps; whether any rank wants to stop. Raises NotFiniteError."""
-        local = [float(metrics["loss"]) for _, metrics in self._pending]
-        losses, stopping = mean_and_any(local, stop, world=self._world, device=self._device)
-        rows: list[dict[str, float]] = []
-        for (step, metrics), loss in zip(self._pending, losses, strict=True):
-            if not math.isfinite(loss):
-                self._write(rows)
-                raise not_finite("the loss", step, self._run_dir)
-            numbers = {name: float(value) for name, value in metrics.items()}
-            rows.append({"step": step, **numbers, "loss": loss})
+        """Write and report the pending steps; whether any rank wants to stop. Raises NotFiniteError, on every
+        rank, that names the first step whose loss or gradient was not finite on any of them."""
+        steps, numbers = [step for step, _ in self._pending], _on_host([m for _, m in self._pending])
         self._pending.clear()
+        local = [m.pop(name) for name in ("loss", "bad_gradient") for m in numbers]
+        shared, stopping = mean_and_any(local, stop, world=self._world, device=self._device)
+        losses, bad = shared[: len(steps)], shared[len(steps) :]
+        rows: list[dict[str, float]] = []
+        for step, metrics, loss, bad_gradient in zip(steps, numbers, losses, bad, strict=True):
+            if not math.isfinite(loss) or bad_gradient > 0:
+                self._write(rows)
+                what = "a gradient" if math.isfinite(loss) else "the loss"
+                raise not_finite(what, step, self._run_dir)
+            rows.append({"step": step, **metrics, "loss": loss})
         self._write(rows)
         self.losses += [row["loss"] for row in rows]
         for row in rows:
@@ -93,6 +98,13 @@ class Meter:
         self._since, self._wait_seconds, self._steps = now, 0.0, 0
         if self._on_metrics is not None:
             self._on_metrics({**row, **timing})
+
+
+def _on_host(steps: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The metrics of several steps as floats: one copy from the device, and one wait for it."""
+    tensors = [value for metrics in steps for value in metrics.values() if isinstance(value, Tensor)]
+    read = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else ())
+    return [{n: next(read) if isinstance(v, Tensor) else float(v) for n, v in m.items()} for m in steps]
 
 
 def not_finite(what: str, step: int, run_dir: Path) -> NotFiniteError:

@@ -16,8 +16,11 @@ class Larc(Optimizer):
 
     `g <- r (g + wd p)`, `r = trust |p| / (|g| + wd |p| + eps)`, `buf <- momentum buf + g`, `p <- p - lr
     buf`. A parameter of zero norm or zero gradient keeps its gradient as it is: no r and no weight decay.
-    No host sync.
+    No host sync. `found_inf`, which torch.amp.GradScaler sets during a step: a scalar on the device, and
+    nothing changes where it is not 0.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler leaves the skip to us, and does not wait for the device
 
     def __init__(
         self,
@@ -48,7 +51,12 @@ class Larc(Optimizer):
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         grads = [p.grad for p in params if p.grad is not None]
-        decay = group["weight_decay"]
+        decay, momentum, lr = group["weight_decay"], group["momentum"], group["lr"]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            good = found_inf == 0
+            grads = [torch.where(good, g, 0.0) for g in grads]  # not finite: times 0 would be nan
+            momentum, lr = torch.where(good, momentum, 1.0), torch.where(good, lr, 0.0)
         p_norm = torch.stack(torch._foreach_norm(params))
         g_norm = torch.stack(torch._foreach_norm(grads))
         rate = group["trust"] * p_norm / (g_norm + decay * p_norm + group["eps"])
@@ -57,9 +65,12 @@ class Larc(Optimizer):
         if decay:
             torch._foreach_add_(scaled, _times(params, torch.where(active, rate * decay, 0.0)))
         buffers = [self._buffer(p) for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, scaled)
-        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        if found_inf is None:
+            torch._foreach_add_(params, buffers, alpha=-lr)
+        else:
+            torch._foreach_sub_(params, torch._foreach_mul(buffers, lr))
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -79,7 +90,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
     return Larc(
         parameters,

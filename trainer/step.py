@@ -13,6 +13,7 @@ from trainer.baselines.simclr import contrastive_diagnostics, nt_xent
 from trainer.config import TrainConfig
 from trainer.models.embedder import Embedder
 from trainer.optim import learning_rate, set_learning_rate
+from trainer.precision import FLOAT32, Precision
 from trainer.swav.codes import assign_codes
 from trainer.swav.diagnostics import modality_diagnostics
 from trainer.swav.loss import swapped_prediction
@@ -29,17 +30,17 @@ def train_step(
     step: int,
     config: TrainConfig,
     group: ProcessGroup | None = None,
-    autocast: bool = False,
+    precision: Precision = FLOAT32,
     sizes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Updates model, optimizer and queue in place; returns metrics as detached tensors and floats.
 
     model: of build_model, bare or in DistributedDataParallel, in training mode. crops: per crop group
     [count, n, C, S, S], [count, n, S, S] or [count * n, C, S, S], uint8 or float in [0, 1], on the model's
-    device. step: 0-based. autocast: bf16 forward. sizes: see Embedder.forward.
-    Always returned: loss (this rank's) and learning_rate. On logged steps loss is the mean over ranks, and
-    there are m/<modality>/<diagnostic> (m/all/... with swav.groups=shared; of them m/<modality>/use is a
-    vector) and loss_minus_ln_k, or for SimCLR loss_minus_chance.
+    device. step: 0-based. sizes: see Embedder.forward.
+    Always returned: loss (this rank's), learning_rate and the flags of Precision.check. On logged steps loss
+    is the mean over ranks, and there are m/<modality>/<diagnostic> (m/all/... with swav.groups=shared; of
+    them m/<modality>/use is a vector) and loss_minus_ln_k, or for SimCLR loss_minus_chance.
     """
     core = unwrap(model)
     crops = as_groups(crops, config)
@@ -47,7 +48,7 @@ def train_step(
     set_learning_rate(optimizer, rate)
     optimizer.zero_grad(set_to_none=True)
 
-    with torch.autocast(crops[0].device.type, torch.bfloat16, enabled=autocast):
+    with precision.autocast(crops[0].device):
         out = model(crops, sizes)
     parts = group_slices(out.features.shape[1], len(core.groups), sizes)
     assign, codes = config.swav.assign, []
@@ -62,15 +63,16 @@ def train_step(
         of_images = nt_xent(out.features, config.simclr.temperature, group)
         losses = [of_images[part].sum() / max(part.stop - part.start, 1) for part in parts]
     loss = _weighted(losses, parts)
-    loss.backward()
+    precision.backward(loss)
+    flags = precision.check(optimizer)  # of all gradients, before any of them is dropped
     if isinstance(core, MultiModalSwav):
         freeze_prototypes(core.prototypes, step, config.swav.freeze_prototypes_steps)
-    optimizer.step()
+    precision.update(optimizer)
 
     by_group = [out.features.detach()[:, part] for part in parts]
     if queue is not None and step >= config.swav.queue_start_step:
         queue.enqueue(torch.stack([_crops_of(z, assign) for z in by_group]), group)
-    metrics: dict[str, Any] = {"loss": loss.detach(), "learning_rate": rate}
+    metrics: dict[str, Any] = {"loss": loss.detach(), "learning_rate": rate, **flags}
     if is_logged(step, config):
         detached = [part.detach() for part in losses]
         if codes:

@@ -49,10 +49,10 @@ def _sums(loss: Tensor, features: Tensor, scores: Tensor, codes: Tensor, *, temp
     p = log_p.exp()
     scalars = torch.stack(
         [
-            z.new_tensor(features.shape[1]),
+            z.new_full((), features.shape[1]),
             loss.float() * features.shape[1],
-            z.new_tensor(len(z)),
-            z.new_tensor(len(q)),
+            z.new_full((), len(z)),
+            z.new_full((), len(q)),
             -(q * q.clamp_min(1e-38).log()).sum(),
             -(p * log_p).sum(),
         ]

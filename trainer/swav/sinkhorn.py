@@ -51,7 +51,7 @@ def sinkhorn_each(
         return list(sinkhorn(torch.stack(list(scores)), epsilon, iterations, group).unbind())
     padded = pad_sequence([s.float() for s in scores], batch_first=True)
     rows = torch.arange(padded.shape[1], device=padded.device)
-    present = rows < torch.tensor(sizes, device=padded.device).unsqueeze(1)
+    present = torch.stack([rows < size for size in sizes])  # a tensor of the sizes would wait for the device
     codes = sinkhorn(padded, epsilon, iterations, group, present)
     return [q[:size] for q, size in zip(codes, sizes, strict=True)]
 
