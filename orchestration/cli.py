@@ -37,9 +37,14 @@ app.add_typer(cli_presets.app, name="presets")
 
 @app.command()
 def pretrain(
-    dataset: Annotated[Path, typer.Option(help="Dataset folder: the output of `ingest run`.")],
-    run_dir: Annotated[Path, typer.Option(help="Folder of checkpoints, metrics and the encoder.")],
-    preset: Annotated[str, typer.Option(help="Preset or YAML file.")] = "demo",
+    dataset: Annotated[
+        Path | None, typer.Option(help="Dataset folder: the output of `ingest run`.", show_default="required")
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of checkpoints, metrics and the encoder.", show_default="required"),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Preset (`medswav presets`) or YAML file.")] = "demo",
     ranks: Annotated[
         int, typer.Option(min=1, help="Training processes; one a GPU where there are GPUs.")
     ] = 2,
@@ -53,6 +58,11 @@ def pretrain(
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 0,
     metrics_host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines scrape.")] = "127.0.0.1",
     verbose: Annotated[bool, typer.Option(help="Show Ray's own log lines.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Only print what follows from settings, ranks and dataset (if any)."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --explain: as JSON.")] = False,
 ) -> None:
     """Pretrain an encoder; the same command again continues the run.
 
@@ -60,8 +70,16 @@ def pretrain(
     """
     from orchestration.pretrain_job import pretrain
     from trainer.config import load_config, text_setting
+    from trainer.explain_text import explained
 
-    config = load_config(preset, [*(set_ or []), text_setting("data.dataset", location(dataset))])
+    own = [] if dataset is None else [text_setting("data.dataset", location(dataset))]
+    config = load_config(preset, [*(set_ or []), *own])
+    if explain:
+        typer.echo(explained(config, ranks, preset, as_json=as_json))
+        return
+    if as_json or dataset is None or run_dir is None:
+        wanted = "--explain with --json" if as_json else "--dataset" if dataset is None else "--run-dir"
+        raise UserError(f"pretrain needs {wanted} (see medswav pretrain --help)")
     result = pretrain(
         config,
         run_dir,

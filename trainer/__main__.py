@@ -28,10 +28,17 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         config = load_config(options.preset, options.set)
-        check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if options.explain:
+            from trainer.explain_text import explained
+
+            if os.environ.get("RANK", "0") == "0":
+                print(explained(config, options.ranks or world, options.preset, as_json=options.json))
+            return 0
+        check_world(config, world)
     except UserError as error:
         return _mistake(error, first_only=True)  # every rank sees the same
     return run(config, Path(options.run_dir), workers=options.workers, device_name=options.device)
@@ -190,10 +197,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="trainer", description="Multi-modality SwAV pretraining.")
     parser.add_argument("--preset", required=True, help="a preset's name or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="change a setting")
-    parser.add_argument("--run-dir", required=True, help="folder of checkpoints, metrics and the encoder")
+    parser.add_argument("--run-dir", help="folder of checkpoints, metrics and the encoder")
     parser.add_argument("--workers", type=int, default=1, help="batch processes of each rank; 0: none")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--explain", action="store_true", help="only print what follows from the settings")
+    parser.add_argument("--json", action="store_true", help="with --explain: as JSON")
+    parser.add_argument("--ranks", type=int, help="with --explain: as if on so many ranks")
     options = parser.parse_args(arguments)
+    if options.ranks is not None and options.ranks < 1:
+        parser.error("--ranks must be 1 or more")
+    if not options.explain and (options.json or options.ranks is not None):
+        parser.error("--json and --ranks go with --explain")
+    if not options.explain and options.run_dir is None:
+        parser.error("--run-dir is needed")
     if options.workers < 0:
         parser.error("--workers must be 0 or more")
     return options

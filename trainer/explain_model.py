@@ -1,0 +1,45 @@
+"""What a network costs: parameters, operations, bytes of a checkpoint, counted without any contents."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.build import build_model
+from trainer.config import OWN_BACKBONES, TrainConfig
+
+_IMAGES = 2  # of each group: batch norm needs more than one
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """parameters: by part. flop_per_sample: of all crops of an image, forward and backward; a product and its
+    sum are two. checkpoint_bytes: weights, buffers and optimizer, without the queue."""
+
+    parameters: dict[str, int]
+    flop_per_sample: float
+    checkpoint_bytes: int
+
+
+def measure_model(config: TrainConfig) -> ModelCost:
+    """Our backbones are never allocated nor run; others are, on two images of each group."""
+    ours = config.model.backbone in OWN_BACKBONES
+    with torch.random.fork_rng(devices=[]), FakeTensorMode() if ours else nullcontext():
+        model = build_model(config)
+        images = _IMAGES * len(model.groups)
+        crops = [
+            torch.zeros(c.count, images, config.model.in_channels, c.size, c.size) for c in config.views.crops
+        ]
+        with FlopCounterMode(display=False) as counter:
+            out = model(crops)
+            torch.stack([t.sum() for t in (out.features, *out.scores)]).sum().backward()
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    state = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    moments = 2 if config.optim.optimizer == "adamw" else 1
+    return ModelCost(
+        parameters,
+        counter.get_total_flops() / images,
+        state + 4 * moments * sum(parameters.values()),
+    )
