@@ -86,6 +86,7 @@ class StreamedVoxels:
                 count = min(left, _BLOCK_BYTES)
                 yield np.frombuffer(_exactly(file, count), self.dtype)
                 left -= count
+            _check_sum(file, self.packed)
 
     def slabs(self, axis: int, times: list[int], backwards: bool) -> Iterator[tuple[int, int, NDArray]]:
         assert axis == 2
@@ -120,6 +121,7 @@ def open_voxels(path: str, packed: bool, offset: int, shape: Shape, dtype: np.dt
         file = _unpacked(raw, packed)
         _skip(file, offset, packed)
         data = _exactly(file, size)
+        _check_sum(file, packed)
     return LoadedVoxels(np.frombuffer(data, dtype).reshape(shape, order="F"))
 
 
@@ -133,6 +135,19 @@ def _skip(file: BinaryIO, count: int, packed: bool) -> None:
         return
     while count > 0:
         count -= len(_exactly(file, min(count, _BLOCK_BYTES)))
+
+
+def _check_sum(file: BinaryIO, packed: bool) -> None:
+    """Behind the voxels: read on to the end of a gzip stream, where its CRC is compared (RFC 1952, 2.3.1).
+
+    Not beyond a block: then something else follows the voxels, however long.
+    """
+    if not packed:
+        return
+    try:
+        file.read(_BLOCK_BYTES)
+    except (OSError, EOFError, zlib.error):
+        raise Refused(Reason.UNREADABLE) from None
 
 
 def _exactly(file: BinaryIO, count: int) -> bytes:

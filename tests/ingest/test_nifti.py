@@ -172,6 +172,21 @@ def test_damage_and_lies_are_refused(tmp_path):
     assert one(tiny, "nifti", "mr").reason == Reason.TOO_SMALL
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_a_packed_file_that_was_damaged_is_refused_by_its_check_sum(tmp_path, monkeypatch, large):
+    if large:
+        monkeypatch.setattr("ingest.nifti_file.IN_MEMORY_BYTES", 0)
+    path = save(tmp_path / "v.nii", volume())
+    packed = bytearray(
+        gzip.compress(path.read_bytes(), 0)
+    )  # stored: a changed voxel inflates without an error
+    path.write_bytes(packed)
+    assert len(frames(path)) == SHAPE[2]
+    packed[len(packed) // 2] ^= 1
+    path.write_bytes(packed)
+    assert [item.reason for item in read(path, "nifti", "mr")] == [Reason.UNREADABLE]
+
+
 def test_blank_slices_are_refused_one_by_one(tmp_path):
     data = volume()
     data[..., 0] = 0
