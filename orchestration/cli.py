@@ -157,6 +157,31 @@ def probe(
 
 
 @app.command()
+def compare(
+    plan: Annotated[Path, typer.Argument(help="YAML file: tables, tasks, arms, seeds.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder of the labelled images, to which the plan's tables lie.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of dataset, runs, scores and tables.")],
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Arms at a time, each with one thread.")] = 2,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Cross-validate on train and val; touch no label of test.")
+    ] = False,
+    set_: Settings = None,
+) -> None:
+    """Pretraining methods side by side on labelled images: train, judge, table. Run again, it goes on.
+
+    Example: medswav compare experiments/labelled.yaml --data IMAGES --out COMPARISON
+    """
+    from orchestration.compare import compare
+    from orchestration.compare_plan import load_plan
+
+    chosen = load_plan(plan, set_ or [], arm or [])
+    raise typer.Exit(compare(chosen, data, out, judge="tune" if tune else "test", jobs=jobs))
+
+
+@app.command()
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Where datasets or runs are to be written.")] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="A list of checks as JSON.")] = False,

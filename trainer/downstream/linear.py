@@ -1,6 +1,7 @@
 """The linear probe: multinomial logistic regression on frozen features."""
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,16 +33,30 @@ def linear_probe_auc(
     standardised with the statistics of the samples that are fitted. Nothing in it is random.
     """
     classes = int(max(train_y.max(), test_y.max())) + 1
-    folds = GroupKFold(min(FOLDS, len(np.unique(groups))))
-    held_out = np.zeros((len(C_GRID), len(train_y), classes))
     with threadpool_limits(1):  # matrices this small lose far more by waiting for threads than they gain
-        for fit, val in folds.split(train_x, train_y, groups):
-            fit_x, val_x = _in_span(train_x[fit], train_x[val])
-            for scores, c in zip(held_out, C_GRID, strict=True):
-                scores[val] = _fit_scores(fit_x, train_y[fit], val_x, classes, c)
-        best = C_GRID[int(np.argmax([macro_auc(train_y, scores) for scores in held_out]))]
+        best = C_GRID[int(np.argmax(held_out_aucs(train_x, train_y, groups, classes)))]
         train, test = _in_span(train_x, test_x)
         return macro_auc(test_y, _fit_scores(train, train_y, test, classes, best))
+
+
+def held_out_aucs(
+    x: Features,
+    y: Labels,
+    groups: NDArray[np.str_],
+    classes: int,
+    choose: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None,
+) -> list[float]:
+    """Of each C of C_GRID: the AUC over the pooled predictions of a cross-validation in which no patient is
+    on both sides. choose: which of a fold's fitting samples (ascending indices) are fitted; default all.
+    """
+    held_out = np.zeros((len(C_GRID), len(y), classes))
+    with threadpool_limits(1):
+        for fit, val in GroupKFold(min(FOLDS, len(np.unique(groups)))).split(x, y, groups):
+            chosen = fit if choose is None else choose(fit)
+            fit_x, val_x = _in_span(x[chosen], x[val])
+            for scores, c in zip(held_out, C_GRID, strict=True):
+                scores[val] = _fit_scores(fit_x, y[chosen], val_x, classes, c)
+    return [macro_auc(y, scores) for scores in held_out]
 
 
 def standardise(reference: Features, x: Features) -> NDArray[np.float64]:
@@ -66,6 +81,8 @@ def _fit_scores(
     train: NDArray[np.float64], labels: Labels, test: NDArray[np.float64], classes: int, c: float
 ) -> NDArray[np.float64]:
     """Class probabilities f64 [n_test, classes]; classes without a training sample get 0."""
+    if len(present := np.unique(labels)) == 1:  # a fold of few patients
+        return np.eye(classes)[np.full(len(test), present[0])]
     model = LogisticRegression(C=c, max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the weakest penalties only; C is validated

@@ -1,0 +1,281 @@
+"""`medswav compare`: arms x seeds on one dataset, judged by frozen features, as one table.
+
+OUT/dataset, OUT/runs/<job>, OUT/scores/<job>.json, OUT/results.json, OUT/results.md. Every job is processes
+of one thread each, `jobs` of them at a time; what is finished is kept, and a killed one goes on from its
+checkpoint: the same command again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from orchestration import compare_data
+from orchestration.bench import machine
+from orchestration.cluster import StopFlag
+from orchestration.compare_plan import Arm, Plan
+from orchestration.progress import Progress
+from shards.errors import UserError
+from shards.ids import digest
+from shards.store import file_sha256
+from trainer import files, journal
+from trainer.config import TrainConfig
+from trainer.downstream.compare import Judge, markdown, summarise
+
+SCORES_VERSION = "1"
+POLL_SECONDS = 0.5
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One encoder to train (or not) and to judge. draws: the (seed, fraction) that it is judged with."""
+
+    name: str
+    arm: Arm
+    config: TrainConfig
+    draws: tuple[tuple[int, float], ...]
+    folder: Path
+    judge: Judge
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "runs" / self.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "runs" / f"{self.name}.yaml"
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / "scores" / f"{self.name}.{self.judge}.json"
+
+    @property
+    def steps(self) -> int:
+        """To train."""
+        return self.config.max_steps if self.arm.trains else 0
+
+    def trained(self) -> int:
+        """Steps done so far."""
+        if not self.arm.trains:
+            return 0
+        if (self.run_dir / "encoder.safetensors").is_file():
+            return self.steps
+        return (
+            int(next((row["step"] for row in reversed(journal.read(self.run_dir / "metrics.jsonl"))), -1)) + 1
+        )
+
+    def inputs(self) -> str:
+        """Names what the scores depend on."""
+        encoder = self.run_dir / "encoder.safetensors"
+        tables = [file_sha256(p) for p in sorted((self.folder / "tables").glob("*.csv"))]
+        weights = file_sha256(encoder) if self.arm.trains and encoder.is_file() else ""
+        return digest(SCORES_VERSION, self.config.model_dump_json(), weights, str(self.draws), *tables)
+
+    def judged(self) -> list[dict[str, Any]] | None:
+        """The rows, or None where there are none of these inputs yet."""
+        try:
+            found = json.loads(self.scores.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return found["rows"] if found["inputs"] == self.inputs() else None
+
+    def commands(self) -> list[list[str]]:
+        """What is left to do, one process after the other."""
+        python = [sys.executable, "-m"]
+        train = [
+            "trainer",
+            "--preset",
+            str(self.config_file),
+            "--run-dir",
+            str(self.run_dir),
+            "--workers",
+            "0",
+        ]
+        probe = ["orchestration.compare_probe", str(self.config_file.with_suffix(".json"))]
+        # the run itself says whether it is complete, and refuses a folder of other settings
+        return [[*python, *train], [*python, *probe]] if self.arm.trains else [[*python, *probe]]
+
+
+def compare(
+    plan: Plan,
+    data: Path,
+    out: Path,
+    *,
+    judge: Judge = "test",
+    jobs: int = 2,
+    stream: TextIO | None = None,
+) -> int:
+    """Make or continue the comparison in `out`; prints the tables; the exit code. Raises UserError."""
+    if not data.is_dir():
+        raise UserError(f"the folder of the data {data} does not exist: check --data")
+    for arm in plan.arms:  # a wrong setting is told now, not after the ingest
+        plan.config(arm, plan.seeds[0], str(out / "dataset"))
+    out.mkdir(parents=True, exist_ok=True)
+    if not compare_data.build_dataset(plan, data, out, stream):
+        return 130
+    listed = jobs_of(plan, out, judge)
+    with StopFlag() as stop:
+        failed = run_jobs([job for job in listed if job.judged() is None], jobs, stop, stream)
+        if stop:
+            return 130
+    rows = [row for job in listed for row in job.judged() or []]
+    print(write_results(plan, listed, rows, out, judge))
+    for name in failed:
+        print(f"failed: {name}; its last lines are in {out / 'runs' / name}.log", file=stream or sys.stderr)
+    return 1 if failed else 0
+
+
+def jobs_of(plan: Plan, out: Path, judge: Judge) -> list[Job]:
+    """In an order that finishes seeds one after the other: the first rows of a table come early."""
+    (out / "runs").mkdir(exist_ok=True)
+    (out / "scores").mkdir(exist_ok=True)
+    listed = []
+    for seed in plan.seeds:
+        for arm in plan.arms:
+            if arm.kind == "hybrid" and judge == "tune":
+                continue  # it was trained on labels that the cross-validation holds out
+            whole = tuple((seed, f) for f in plan.fractions)
+            parts = [(d,) for d in whole] if arm.kind == "hybrid" else [whole]
+            for draws in parts:
+                own = f"-{draws[0][1]:g}" if arm.kind == "hybrid" else ""
+                dataset = str((out / "dataset").absolute())
+                labels: Sequence[str] = ()
+                if arm.kind == "hybrid":
+                    labels = compare_data.labels_for_training(plan, out, draws[0][1], seed)
+                config = plan.config(arm, seed, dataset, labels)
+                listed.append(Job(f"{arm.name}-{seed}{own}", arm, config, draws, out.absolute(), judge))
+    return listed
+
+
+def run_jobs(waiting: Sequence[Job], at_a_time: int, stop: StopFlag, stream: TextIO | None) -> list[str]:
+    """Names of the jobs that failed. Ends its processes, with a checkpoint each, when asked to stop."""
+    if not waiting:
+        return []
+    todo, running, failed = list(waiting), list[_Running](), list[str]()
+    start = sum(job.trained() for job in waiting)
+    total = sum(job.steps for job in waiting)
+    told = (start, "")
+    with Progress("compare", total, "steps", start=start, stream=stream, interval=30.0) as progress:
+        while todo or running:
+            while todo and len(running) < at_a_time and not stop:
+                running.append(_Running(todo.pop(0)))
+            for process in list(running):
+                if process.ended():
+                    running.remove(process)
+                    failed += [process.name] if process.failed and not stop else []
+            if stop:
+                todo = []
+                for process in running:
+                    process.stop()
+            ended = len(waiting) - len(todo) - len(running)
+            now = sum(job.trained() for job in waiting), f"{ended} of {len(waiting)} judged"
+            if now != told:
+                progress.update(*now)
+                told = now
+            time.sleep(POLL_SECONDS)
+    return failed
+
+
+class _Running:
+    """The processes of a job, one after the other; their output goes to OUT/runs/<job>.log."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self.name, self.failed = job, job.name, False
+        tree = job.config.model_dump(mode="json", exclude_unset=True)
+        files.replace_file(job.config_file, yaml.safe_dump(tree).encode())
+        self._left = job.commands()
+        self._log = job.config_file.with_suffix(".log").open("ab")
+        self._process = self._next()
+
+    def _next(self) -> "subprocess.Popen[bytes]":
+        command = self._left.pop(0)
+        if "orchestration.compare_probe" in command:
+            files.replace_file(
+                self._job.config_file.with_suffix(".json"), json.dumps(_spec(self._job)).encode()
+            )
+        return subprocess.Popen(
+            command, stdout=self._log, stderr=subprocess.STDOUT, env={**os.environ, **_ONE_THREAD}
+        )
+
+    def ended(self) -> bool:
+        """Whether everything is done, or one failed; goes on to the next command."""
+        code = self._process.poll()
+        if code is None:
+            return False
+        self.failed = code != 0
+        if self._left and not self.failed:
+            self._process = self._next()
+            return False
+        self._log.close()
+        return True
+
+    def stop(self) -> None:
+        """The training writes a checkpoint first."""
+        self._left = []
+        self._process.terminate()
+
+
+def _spec(job: Job) -> dict[str, Any]:
+    labels = (path.stem for path in (job.folder / "tables").glob("*.csv") if path.stem != "images")
+    return {
+        "folder": str(job.folder),
+        "arm": job.arm.name,
+        "kind": job.arm.kind,
+        "judge": job.judge,
+        "config": str(job.config_file),
+        "encoder": str(job.run_dir / "encoder.safetensors"),
+        "tasks": sorted(labels),
+        "draws": job.draws,
+        "inputs": job.inputs(),
+        "scores": str(job.scores),
+    }
+
+
+def write_results(
+    plan: Plan, listed: Sequence[Job], rows: Sequence[Mapping[str, Any]], out: Path, judge: Judge
+) -> str:
+    """OUT/results[.tune].json and .md; the text of the latter."""
+    summary = summarise(rows)
+    arms = [arm.name for arm in plan.arms if any(row["arm"] == arm.name for row in rows)]
+    trained = {job.arm.name: budget(job.config) for job in listed if job.arm.trains}
+    suffix = ".tune" if judge == "tune" else ""
+    tree = {
+        "judge": judge,
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "plan": plan.model_dump(mode="json"),
+        "budgets": trained,
+        **compare_data.facts(out),
+        "rows": list(rows),
+        "summary": summary,
+    }
+    files.replace_file(out / f"results{suffix}.json", (json.dumps(tree, indent=1) + "\n").encode())
+    lines = []
+    for fraction in plan.fractions:
+        on = "test" if judge == "test" else "cross-validation over the patients of train and val"
+        lines += [f"AUC on {on}, {fraction:.0%} of the labels; mean (range) of {len(plan.seeds)} seeds", ""]
+        lines += [markdown(summary, arms, fraction), ""]
+    lines += [f"{name}: {text}" for name, text in trained.items()]
+    text = "\n".join(lines)
+    files.replace_file(out / f"results{suffix}.md", (text + "\n").encode())
+    return text
+
+
+def budget(config: TrainConfig) -> str:
+    """What a pretraining may use, in words: the pixels of its crops stand for its time."""
+    images = config.max_steps * config.data.batch_size
+    crops = " + ".join(f"{c.count}x{c.size}" for c in config.views.crops)
+    pixels = images * sum(c.count * c.size**2 for c in config.views.crops)
+    return (
+        f"{config.model.backbone}, {config.max_steps:,} steps of {config.data.batch_size} images, "
+        f"crops {crops} px, {pixels / 1e9:.2f} billion pixels of crops"
+    )
