@@ -295,20 +295,25 @@ def check_device(config: TrainConfig, world_size: int, device: str) -> None:
         )
 
 
-def few_samples_warning(config: TrainConfig) -> str | None:
+def few_samples_warning(config: TrainConfig, rarest: float | None = None) -> str | None:
     """A line when (B_m + queue) / K < .3: codes are then spread over hundreds of prototypes (method.md
-    3-G). Where data.sampling is not equal the rarest modality has B/M images at the most.
+    3-G). rarest: images of the rarest modality in a batch, which follow from the dataset where data.sampling
+    is not equal; B/M is the most that they can be.
     """
+    per_modality = config.swav.groups == "per-modality"
+    unequal = per_modality and config.data.sampling != "equal"
     samples = (config.data.batch_size + config.swav.queue_length) // len(config.groups)
+    most = "at most " if unequal and rarest is None else ""
+    if unequal and rarest is not None:
+        samples = int(rarest)
     ratio = samples / config.swav.prototypes
-    of = "step" if config.swav.groups == "shared" else "modality"
-    most = "at most " if of == "modality" and config.data.sampling != "equal" else ""
     if ratio >= 0.3 or config.method != "swav":
         return None
+    of = ("rarest modality" if unequal else "modality") if per_modality else "step"
+    raised = "data.batch_size" if unequal else "swav.queue_length"
     return (
         f"{most}{samples} samples per {of} (batch and queue) for {config.swav.prototypes} prototypes is a "
-        f"ratio of {ratio:.2f}, below .3: codes will be diffuse; raise swav.queue_length or lower "
-        f"swav.prototypes"
+        f"ratio of {ratio:.2f}, below .3: codes will be diffuse; raise {raised} or lower swav.prototypes"
     )
 
 

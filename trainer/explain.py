@@ -83,7 +83,7 @@ def explain(config: TrainConfig, world: int, preset: str) -> dict[str, Any]:
         "learning_rate": _learning_rate(config),
         "data": {"dataset": config.data.dataset or None, "images_from": known.source},
         "modalities": _modalities(config, known),
-        "prototypes": _prototypes(config),
+        "prototypes": _prototypes(config, known),
         "queue": queue,
         "crops": _crops(config, known),
         "compute": {
@@ -101,7 +101,7 @@ def explain(config: TrainConfig, world: int, preset: str) -> dict[str, Any]:
             * (model.checkpoint_bytes + queue.get("bytes_of_every_rank", 0)),
         },
         "open_points": open_points(config),
-        "warnings": _warnings(config),
+        "warnings": _warnings(config, known),
     }
 
 
@@ -160,12 +160,21 @@ def _modalities(config: TrainConfig, known: Known) -> dict[str, Any]:
     }
 
 
-def _prototypes(config: TrainConfig) -> dict[str, Any]:
-    """Of each group, and what shares them (method.md 3-G)."""
+def _rarest(config: TrainConfig, known: Known) -> float | None:
+    """Images of the group that has the fewest in a batch, in the long run."""
+    if config.swav.groups == "shared":
+        return float(config.data.batch_size)
+    weights = _weights(config, known)
+    return None if weights is None else config.data.batch_size * min(weights) / sum(weights)
+
+
+def _prototypes(config: TrainConfig, known: Known) -> dict[str, Any]:
+    """Of each group, and what shares them (method.md 3-G): with unequal groups, in the smallest."""
     if config.method != "swav":
         return {}
     swav, groups = config.swav, len(config.groups)
-    batch, queue = config.data.batch_size / groups, swav.queue_length // groups
+    rarest, queue = _rarest(config, known), swav.queue_length // groups
+    batch = config.data.batch_size / groups if rarest is None else rarest
     return {
         "groups": list(config.groups),
         "of_each_group": swav.prototypes,
@@ -239,9 +248,9 @@ def _share(
     return sorted(shares)
 
 
-def _warnings(config: TrainConfig) -> list[str]:
+def _warnings(config: TrainConfig, known: Known) -> list[str]:
     found = []
-    if warning := few_samples_warning(config):
+    if warning := few_samples_warning(config, _rarest(config, known)):
         found.append(f"{warning}; {PERPLEXITY}")
     swav = config.swav
     if config.method == "swav" and swav.freeze_prototypes_steps >= config.max_steps:

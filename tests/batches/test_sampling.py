@@ -90,7 +90,10 @@ def test_what_cannot_work_is_refused_with_the_fix():
     config = TrainConfig(data=PROPORTIONAL, swav={"queue_length": 0})
     with pytest.raises(UserError, match=r"7 ranks cannot share .*: use a multiple of 7"):
         check_world(config, 7)
-    assert "at most 120 samples per modality" in (few_samples_warning(config) or "")
+    assert "at most 120 samples per rarest modality" in (few_samples_warning(config) or "")
+    enough = config.model_copy(update={"swav": config.swav.model_copy(update={"prototypes": 100})})
+    assert few_samples_warning(enough) is None
+    assert "6 samples per rarest modality" in (few_samples_warning(enough, rarest=6.24) or "")
 
 
 def test_batches_of_ranks_are_the_parts_of_one_and_say_their_sizes(root, bands):

@@ -89,6 +89,7 @@ def test_a_dataset_gives_passes_and_the_shape_of_its_images(root):
     assert told["batch"]["per_modality"] == {"ct": 22, "us": 14, "xr": 18}
     batch = BatchMaker(proportional, 0, 1, fit_bands(config, limit=2))(0)
     assert batch.sizes == (22, 14, 18)
+    assert told["prototypes"]["samples_of_a_group"] == 14 and "14 samples per rarest" in told["warnings"][0]
     with pytest.raises(UserError, match=r"no mr images in split train \(modalities there: ct, us, xr\)"):
         explain(load_config("demo", [f"data.dataset={root}"]), 2, "demo")
 
