@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration import cli_ingest, cli_presets
+from orchestration import cli_ingest, cli_model, cli_presets
 from orchestration.cluster import JobFailedError
 from shards.errors import UserError
 from shards.objects import location
@@ -148,12 +148,16 @@ def probe(
     dataset: Annotated[Path, typer.Option(help="Dataset folder with labels (`ingest label`).")],
     encoder: Annotated[list[Path], typer.Option(help="encoder.safetensors of a run; may be repeated.")],
     labels: Annotated[str, typer.Option(help="Name of the label table.")] = "labels",
+    backbone: cli_model.Backbone = None,
     as_json: Annotated[bool, typer.Option("--json", help="Rows and summary as JSON.")] = False,
 ) -> None:
     """AUC of linear probe and kNN on frozen features: pretrained, random-initialised, pixel baseline."""
     from orchestration.probe_job import probe
 
-    typer.echo(probe(dataset, encoder, labels, as_json))
+    typer.echo(probe(dataset, encoder, labels, as_json, backbone=backbone))
+
+
+cli_model.register(app)  # export, embed, assign
 
 
 @app.command()

@@ -305,7 +305,8 @@ def _probe(options: Options, log: StepLog) -> dict[str, Any]:
             progress.total = total
             progress.update(done, modality)
 
-        results = demo_evaluate.evaluate(options.dataset, options.runs, NO_LABELS, update)
+        backbone = load_config("demo", options.overrides).model.backbone
+        results = demo_evaluate.evaluate(options.dataset, options.runs, NO_LABELS, update, backbone)
         demo_evaluate.write(options.folder, results)
         detail.text = _probed(results)
     return results

@@ -45,12 +45,16 @@ def evaluate(
     runs: Sequence[Path],
     why_no_labels: str,
     progress: Callable[[int, int, str], None] | None = None,
+    backbone: str | None = None,
 ) -> dict[str, Any]:
-    """Probe the runs' encoders where the dataset has labels; count the use of the first one's prototypes."""
+    """Probe the runs' encoders where the dataset has labels; count the use of the first one's prototypes.
+
+    backbone: of the runs, as configured.
+    """
     return {
         "format": FORMAT_VERSION,
         "fingerprint": fingerprint(dataset, runs),
-        **probe(dataset, runs, why_no_labels, progress),
+        **probe(dataset, runs, why_no_labels, progress, backbone),
         "prototypes": prototype_use(dataset, runs[0]),
     }
 
@@ -64,6 +68,7 @@ def probe(
     runs: Sequence[Path],
     why_no_labels: str,
     progress: Callable[[int, int, str], None] | None = None,
+    backbone: str | None = None,
 ) -> dict[str, Any]:
     """Scores, summary, and why a modality (or everything) was skipped."""
     from trainer.downstream.probe import evaluate as run_probes
@@ -72,7 +77,7 @@ def probe(
     nothing: dict[str, Any] = {"scores": [], "summary": [], "skipped": {}}
     if LABELS not in catalog.label_names(dataset):
         return nothing | {"probe_skipped": why_no_labels}
-    encoders = [load_encoder(run / "encoder.safetensors") for run in runs]
+    encoders = [load_encoder(run / "encoder.safetensors", backbone) for run in runs]
     table = catalog.labels(dataset, LABELS)
     try:
         found = run_probes(str(dataset), table, encoders, seeds=SEEDS, random_seeds=SEEDS, progress=progress)

@@ -31,11 +31,12 @@ def report(dataset: Path, out: Path | None, as_json: bool) -> str:
         raise UserError("the page is a private file of this machine: give a local path")
     data = gather(dataset, pictures=out is not None)
     if out is not None:
-        _write(out, render(data))
+        write_private(out, render(data))
     return to_json(data) if as_json else f"wrote {out}; {WARNING}"
 
 
-def _write(out: Path, text: str) -> None:
+def write_private(out: Path, text: str) -> None:
+    """A page with pixels in it: for its owner only (mode 0600), whole or not at all. Raises UserError."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
         try:

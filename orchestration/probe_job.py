@@ -10,7 +10,12 @@ from shards.errors import UserError
 
 
 def probe(
-    dataset: Path, encoders: Sequence[Path], labels: str, as_json: bool, fractions: Sequence[float] = (1.0,)
+    dataset: Path,
+    encoders: Sequence[Path],
+    labels: str,
+    as_json: bool,
+    fractions: Sequence[float] = (1.0,),
+    backbone: str | None = None,
 ) -> str:
     """The text to print: a line for each modality, encoder and probe, or the whole evaluation as JSON."""
     from shards import catalog
@@ -21,7 +26,8 @@ def probe(
         if not path.is_file():
             raise UserError(f"{path} does not exist: give the encoder.safetensors of a finished run")
     table = catalog.labels(dataset, labels)
-    evaluation = evaluate(str(dataset), table, [load_encoder(p) for p in encoders], fractions=fractions)
+    loaded = [load_encoder(path, backbone) for path in encoders]
+    evaluation = evaluate(str(dataset), table, loaded, fractions=fractions)
     if as_json:
         return json.dumps(dataclasses.asdict(evaluation), indent=1)
     lines = [_line(row) for row in evaluation.summary]

@@ -36,6 +36,7 @@ REFERENCE_IMAGES = 1000  # R of the paper: images that the band statistics are f
 
 _LOCATION = ("key", "shard", "offset", "size", "codec", "rows", "columns")
 _INTENSITY = ("window_center", "window_width", "window_function", "p005", "p995", "minimum", "maximum")
+NEEDED_COLUMNS = (*_LOCATION, *_INTENSITY)  # of the catalogue, to read an image
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Modality:
 
     def row(self, index: int) -> dict[str, Any]:
         """Location and intensity columns of one sample."""
-        return {name: self._column(name)[index].as_py() for name in (*_LOCATION, *_INTENSITY)}
+        return {name: self._column(name)[index].as_py() for name in NEEDED_COLUMNS}
 
     def _column(self, name: str) -> pa.Array:
         if name not in self._columns:
@@ -211,7 +212,7 @@ def open_modality(data: DataConfig, name: str) -> Modality:
             f"{name} holds volumes, training takes 2D images: set data.modalities to their slices"
         )
     split = None if data.split == "all" else data.split
-    modality = Modality(name, catalog.load(data.dataset, name, [*_LOCATION, *_INTENSITY], split))
+    modality = Modality(name, catalog.load(data.dataset, name, list(NEEDED_COLUMNS), split))
     if not len(modality):
         there = ", ".join(m for m, n in catalog.counts(data.dataset).items() if sum(n.values())) or "none"
         raise UserError(
@@ -271,8 +272,7 @@ def eval_images(
 ) -> tuple[tuple[str, ...], NDArray[np.float32], pa.Table]:
     """Whole images for probes, sorted by key: keys, f32[n, 1, size, size] in [0, 1], catalogue rows.
 
-    Each image is shrunk by area averaging (or enlarged linearly) until its longer side is `size`, and centred
-    on black: the aspect is kept and nothing is cut off. intensity: of the modality, or data.intensity.
+    intensity: of the modality, or data.intensity. See whole_image.
     """
     own = intensity if isinstance(intensity, IntensityConfig) else intensity.get(modality, IntensityConfig())
     table = catalog.load(root, modality, split=split)
@@ -280,17 +280,29 @@ def eval_images(
     reader = ShardReader(root)
     images = np.zeros((len(rows), 1, size, size), np.float32)
     for i in range(len(rows)):
-        row = rows.row(i)
-        longer, reduce = max(row["rows"], row["columns"]), 0
-        while reduce < MAXIMUM_REDUCE and longer >> (reduce + 1) >= size:
-            reduce += 1
-        image = to_unit(_decode(_read(reader, modality, row), row, reduce), row, own)
-        scale = size / max(image.shape)
-        height, width = (min(max(round(s * scale), 1), size) for s in image.shape)
-        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        y, x = (size - height) // 2, (size - width) // 2
-        images[i, 0, y : y + height, x : x + width] = cv2.resize(image, (width, height), interpolation=method)
+        images[i, 0] = whole_image(reader, modality, rows.row(i), size, own)
     return tuple(table["key"].to_pylist()), images, table
+
+
+def whole_image(
+    reader: ShardReader, modality: str, row: Mapping[str, Any], size: int, intensity: IntensityConfig
+) -> NDArray[np.float32]:
+    """One image (`row` of Modality.row) as f32[size, size] in [0, 1].
+
+    It is shrunk by area averaging (or enlarged linearly) until its longer side is `size`, and centred on
+    black: the aspect is kept and nothing is cut off.
+    """
+    longer, reduce = max(row["rows"], row["columns"]), 0
+    while reduce < MAXIMUM_REDUCE and longer >> (reduce + 1) >= size:
+        reduce += 1
+    image = to_unit(_decode(_read(reader, modality, row), row, reduce), row, intensity)
+    scale = size / max(image.shape)
+    height, width = (min(max(round(s * scale), 1), size) for s in image.shape)
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    y, x = (size - height) // 2, (size - width) // 2
+    whole = np.zeros((size, size), np.float32)
+    whole[y : y + height, x : x + width] = cv2.resize(image, (width, height), interpolation=method)
+    return whole
 
 
 def _pyramids(

@@ -62,7 +62,7 @@ def encoder_info(config: TrainConfig, step: int, dataset_fingerprint: str) -> En
 def save_encoder(path: Path, backbone: nn.Module, info: EncoderInfo) -> None:
     """Atomically write `path` (`*.safetensors`) and, beside it, its info as `*.json`."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    text = _info_text(info)
+    text = info_text(info)
     with files.disk_full_is_clear("writing the encoder"):
         files.replace_file(path, safetensors.torch.save(tensors, metadata={"medswav_encoder": text}))
         files.replace_file(path.with_suffix(".json"), text.encode())
@@ -123,7 +123,7 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], problem: st
     network.load_state_dict(dict(tensors))
 
 
-def _info_text(info: EncoderInfo) -> str:
+def info_text(info: EncoderInfo) -> str:
     intensity = {name: value.model_dump(mode="json") for name, value in info.intensity.items()}
     return json.dumps({"format": FORMAT_VERSION, **asdict(info), "intensity": intensity}, indent=1)
 

@@ -51,21 +51,28 @@ def feature_dim(encoder: nn.Module) -> int:
     return found
 
 
-def check_encoder(encoder: nn.Module, name: str, in_channels: int, sizes: Sequence[int]) -> None:
-    """Run a copy on images of every size, training and evaluating. Raises UserError if one does not fit."""
+def check_encoder(
+    encoder: nn.Module,
+    name: str,
+    in_channels: int,
+    sizes: Sequence[int],
+    *,
+    modes: Sequence[bool] = (True, False),
+    fix: str = "choose crops of another size (views.crops), another backbone, or options of it "
+    "(model.backbone_options)",
+) -> None:
+    """Run a copy on images of every size, in training and in evaluation (`modes`). Raises UserError if one
+    does not fit."""
     trial = copy.deepcopy(encoder)
     wanted = feature_dim(encoder)
-    for training in (True, False):
+    for training in modes:
         trial.train(training)
         for size in dict.fromkeys(sizes):
             found = _try(trial, torch.rand(2, in_channels, size, size))
             if isinstance(found, Tensor) and found.shape == (2, wanted):
                 continue
             why = found if isinstance(found, str) else f"it gave {_shape(found)}, not [2, {wanted}]"
-            raise UserError(
-                f"model.backbone={name} cannot take images of {size} px ({why}): choose crops of another "
-                "size (views.crops), another backbone, or options of it (model.backbone_options)"
-            )
+            raise UserError(f"model.backbone={name} cannot take images of {size} px ({why}): {fix}")
 
 
 @torch.no_grad()
@@ -87,9 +94,8 @@ def _torchvision(kind: str, in_channels: int, options: dict[str, Any]) -> nn.Mod
     if kind not in models.list_models(module=models):
         raise UserError(f"torchvision has no classification model {kind!r}: see its list of models")
     network = _made(f"torchvision:{kind}", lambda: models.get_model(kind, weights=None, **options))
-    width = _cut_classifier(network, kind)
+    network.classifier_name, network.feature_dim = _cut_classifier(network, kind)
     _set_channels(network, kind, in_channels)
-    network.feature_dim = width
     return network
 
 
@@ -123,8 +129,9 @@ def _made(name: str, make: Any) -> Any:
         raise UserError(f"model.backbone={name} cannot be built: {text} (model.backbone_options)") from None
 
 
-def _cut_classifier(network: nn.Module, kind: str) -> int:
-    """Put nothing in the place of the last linear layer, and of the dropout before it; its input width.
+def _cut_classifier(network: nn.Module, kind: str) -> tuple[str, int]:
+    """Put nothing in the place of the last linear layer, and of the dropout before it; its name and input
+    width.
 
     What stands before them in torchvision's `classifier` (a norm, a hidden layer) belongs to the features.
     """
@@ -139,7 +146,7 @@ def _cut_classifier(network: nn.Module, kind: str) -> int:
         before = int(leaf) - 1 if leaf.isdigit() else -1
         if before >= 0 and isinstance(parent[before], nn.Dropout):
             parent[before] = nn.Identity()
-    return int(last.in_features)
+    return path, int(last.in_features)
 
 
 @torch.no_grad()
