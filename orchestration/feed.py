@@ -17,6 +17,7 @@ from shards.errors import UserError
 if TYPE_CHECKING:  # the trainer's data side; imports no torch
     from trainer.batches import Batch
     from trainer.config import TrainConfig
+    from trainer.labels import LabelSet
 
 DEPTH = 3  # batches ahead of a rank: more only fills the object store
 BATCH_TIMEOUT_SECONDS = 900.0
@@ -25,14 +26,19 @@ MakeBatch = Callable[[int], "Batch"]
 
 
 def make_batches(
-    config_json: str, rank: int, world: int, bands: Any, fingerprint: str | None = None
+    config_json: str,
+    rank: int,
+    world: int,
+    bands: Any,
+    fingerprint: str | None = None,
+    labels: Sequence["LabelSet"] | None = None,
 ) -> MakeBatch:
     """The factory that the actors call: `trainer.batches.BatchMaker` for one rank."""
     from trainer.batches import BatchMaker
     from trainer.config import TrainConfig
 
     config = TrainConfig.model_validate_json(config_json)
-    return BatchMaker(config, rank, world, bands, fingerprint)
+    return BatchMaker(config, rank, world, bands, fingerprint, labels)
 
 
 class Augmenter:

@@ -139,7 +139,7 @@ def check(
             progress.update(done)
 
         prepared = prepare(config, run_dir, look)
-    maker = BatchMaker(config, 0, workers, prepared.bands, prepared.dataset_fingerprint)
+    maker = BatchMaker(config, 0, workers, prepared.bands, prepared.dataset_fingerprint, prepared.labels)
     _ = maker.counts  # every modality has images
     if newest_checkpoint(run_dir) == 0:
         check_network(config, say)
@@ -177,7 +177,9 @@ def is_complete(config: "TrainConfig", run_dir: Path, prepared: "Prepared") -> b
     found = checkpoint.newest(run_dir)
     if found is None:
         return False
-    checkpoint.check_same_run(found.state, config, prepared.dataset_fingerprint, prepared.bands_digest)
+    checkpoint.check_same_run(
+        found.state, config, prepared.dataset_fingerprint, prepared.bands_digest, prepared.labels
+    )
     return found.step >= config.max_steps and (run_dir / "encoder.safetensors").is_file()
 
 
@@ -236,6 +238,7 @@ class _Job:
             feeders,
             prepared.bands,
             prepared.dataset_fingerprint,
+            prepared.labels,
             control,
         )
         thread = threading.Thread(

@@ -72,6 +72,7 @@ class RankSettings:
     feeders: int
     bands: Any
     dataset_fingerprint: str
+    labels: Any
     control: Any  # actor handle
 
 
@@ -111,7 +112,7 @@ def _train(given: RankSettings) -> None:
     if device.type == "cpu":
         torch.set_num_threads(config.threads)
     stop = _watch_stop(given.control)
-    arguments = (given.config_json, rank, world, given.bands, given.dataset_fingerprint)
+    arguments = (given.config_json, rank, world, given.bands, given.dataset_fingerprint, given.labels)
     with Feed(make_batches, arguments, given.feeders, config.max_steps) as feed:
         control = given.control if rank == 0 else None
         source = _Source(feed, control, config.checkpoint.every_steps, device.type == "cuda")
@@ -124,6 +125,7 @@ def _train(given: RankSettings) -> None:
             device=device,
             dataset_fingerprint=given.dataset_fingerprint,
             bands_digest=bands_digest(given.bands),
+            labels=given.labels,
             on_metrics=source.report if rank == 0 else None,
             should_stop=stop.is_set,
         )

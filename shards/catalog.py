@@ -13,6 +13,7 @@ from shards import exclusions, parquet
 from shards.commit import list_commits
 from shards.dataset import read_info
 from shards.errors import UserError
+from shards.ids import digest
 from shards.objects import open_store
 from shards.retries import standing, superseded
 from shards.schema import QUARANTINE_SCHEMA, Split, is_volumes, schema_of
@@ -126,12 +127,18 @@ def write_labels(store: Store, name: str, table: pa.Table) -> str:
 
 def labels(root: str | Path | Store, name: str) -> pa.Table:
     """labels/<name>.parquet. Raises UserError that lists the names there are."""
+    return labels_with_digest(root, name)[0]
+
+
+def labels_with_digest(root: str | Path | Store, name: str) -> tuple[pa.Table, str]:
+    """`labels`, and a digest of its file: equal tables give equal digests."""
     store = _open(root)
     path = _labels_path(name)
     if not store.exists(path):
         there = ", ".join(label_names(store)) or "none"
         raise UserError(f"{store.root} has no labels {name!r} (there are: {there}): run ingest label first")
-    return parquet.read_bytes(store.read(path))
+    data = store.read(path)
+    return parquet.read_bytes(data), digest(data)
 
 
 def label_names(root: str | Path | Store) -> list[str]:

@@ -13,9 +13,10 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 from trainer.config import TrainConfig, check_device, check_world, load_config
@@ -51,6 +52,7 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
 
     from trainer.checkpoint import list_steps
     from trainer.distributed import ReportedError, from_rank_zero, process_group
+    from trainer.labels import from_json
     from trainer.loop import train
     from trainer.meter import NotFiniteError
     from trainer.models.initial import check_model
@@ -67,16 +69,18 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
             torch.cuda.set_device(device)
         with stop_flag() as stop, process_group(device) as (rank, world):
 
-            def fingerprint() -> dict[str, str | None]:
+            def identify() -> dict[str, Any]:
                 if not list_steps(run_dir):
                     for line in check_model(config):
                         print(line, file=sys.stderr)
                 try:
-                    return {"dataset": prepare(config, run_dir, stop.look).dataset_fingerprint}
+                    found = prepare(config, run_dir, stop.look)
                 except StoppedError:
-                    return {"dataset": None}
+                    return {"dataset": None, "labels": []}
+                return {"dataset": found.dataset_fingerprint, "labels": [asdict(s) for s in found.labels]}
 
-            dataset = from_rank_zero(fingerprint, rank=rank, world=world, device=device)["dataset"]
+            answer = from_rank_zero(identify, rank=rank, world=world, device=device)
+            dataset, labels = answer["dataset"], from_json(answer["labels"])
             if dataset is None:
                 print("stopped before the first step: the same command continues", file=sys.stderr)
                 return INTERRUPTED
@@ -89,10 +93,10 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
                     bands,
                     workers=workers,
                     stop=config.max_steps,
-                    factory=partial(make_batches, fingerprint=dataset),
+                    factory=partial(make_batches, fingerprint=dataset, labels=labels),
                 )
                 if workers
-                else nullcontext(make_batches(config, rank, world, bands, dataset))
+                else nullcontext(make_batches(config, rank, world, bands, dataset, labels))
             )
             with feed as next_batch:
                 result = train(
@@ -104,6 +108,7 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
                     device=device,
                     dataset_fingerprint=dataset,
                     bands_digest=bands_digest(bands),
+                    labels=labels,
                     on_metrics=show if rank == 0 else None,
                     should_stop=lambda: stop.is_set,
                 )

@@ -6,7 +6,7 @@ make any batch, and its bytes depend on neither the process, nor the order of ca
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from trainer.augment.bands import BandStatistics, Pyramid, fit_statistics
 from trainer.augment.intensity import to_unit
 from trainer.augment.views import Prepared
 from trainer.config import DataConfig, IntensityConfig, Range, TrainConfig, ViewConfig, check_world
+from trainer.labels import LabelSet, SampleLabels, label_sets, sample_labels
 from trainer.sampling import rank_parts, sampling_weights
 
 REFERENCE_IMAGES = 1000  # R of the paper: images that the band statistics are fitted to
@@ -45,7 +46,8 @@ class Batch:
 
     crops: a uint8 array [count, n, size, size] for each group of crops; n = M * b images, modality-major:
     the first b belong to modalities[0]. keys, passes: [n]. seconds: spent in read, decode, augment. sizes:
-    images of each modality, where data.sampling makes them unequal; None: n / M of each.
+    images of each modality, where data.sampling makes them unequal; None: n / M of each. labels: of each set
+    of supervision.labels, see trainer.labels.SampleLabels.of.
     """
 
     step: int
@@ -55,6 +57,7 @@ class Batch:
     passes: tuple[int, ...]
     seconds: dict[str, float]
     sizes: tuple[int, ...] | None = None
+    labels: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def plan_batch(
@@ -105,10 +108,10 @@ class BatchMaker:
     bands: {modality: BandStatistics}, needed unless views.energy_probability is 0. data.cache_bytes of
     decoded images with their bands are kept: the first ones that come, none is ever evicted, because under
     a fresh permutation each pass that hits more often than dropping the least recently used.
-    fingerprint: of the dataset that the run began with. A worker that starts later must not make other
-    batches from what was added since.
+    fingerprint, labels: of the dataset and the label tables that the run began with (labels: None reads them
+    now). A worker that starts later must not make other batches from what was added since.
     Raises UserError: a world size that cannot be served, no samples of a modality, missing statistics,
-    another fingerprint.
+    another fingerprint, labels that cannot be used or have changed.
     """
 
     def __init__(
@@ -118,10 +121,12 @@ class BatchMaker:
         world: int,
         bands: Mapping[str, BandStatistics] | None,
         fingerprint: str | None = None,
+        labels: Sequence[LabelSet] | None = None,
     ) -> None:
         check_world(config, world)
         self._config, self._rank, self._world, self._fingerprint = config, rank, world, fingerprint
         self._bands = _checked_bands(config, bands)
+        self._label_sets, self._labels = labels, dict[str, dict[str, SampleLabels]]()
         self._opened: dict[str, Modality] | None = None
         self._reader: ShardReader | None = None
         self._cache: dict[tuple[str, int], Prepared] = {}
@@ -155,7 +160,11 @@ class BatchMaker:
                 seconds["augment"] += time.perf_counter() - began
         equal = config.data.sampling == "equal"
         sizes = None if equal else tuple(len(index) for index, _ in plan.values())
-        return Batch(step, stacks, config.data.modalities, tuple(keys), tuple(passes), seconds, sizes)
+        labels = {
+            name: np.concatenate([by_modality[m].of(plan[m][0]) for m in config.data.modalities])
+            for name, by_modality in self._labels.items()
+        }
+        return Batch(step, stacks, config.data.modalities, tuple(keys), tuple(passes), seconds, sizes, labels)
 
     def _modalities(self) -> dict[str, "Modality"]:
         if self._opened is None:
@@ -165,6 +174,9 @@ class BatchMaker:
             sampling_weights(data, {name: len(m) for name, m in opened.items()})  # can they be sampled so?
             if self._fingerprint is not None:  # after the rows are read: a dataset only ever grows
                 _check_fingerprint(data.dataset, self._fingerprint)
+            sets = label_sets(self._config) if self._label_sets is None else self._label_sets
+            keys = {name: modality.keys for name, modality in opened.items()}
+            self._labels = sample_labels(self._config, keys, sets)
             self._opened = opened
             self._reader = ShardReader(data.dataset)
         return self._opened
@@ -191,6 +203,10 @@ class Modality:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    @property
+    def keys(self) -> pa.Array:
+        return self._column("key")
 
     def key(self, index: int) -> str:
         return str(self._column("key")[index].as_py())

@@ -1,12 +1,28 @@
 """The network of a run."""
 
+from collections.abc import Sequence
+
+from torch import nn
+
+from shards.errors import UserError
 from trainer.config import TrainConfig
+from trainer.labels import LabelSet
 from trainer.models.embedder import Embedder
+from trainer.models.encoders import feature_dim
 from trainer.swav.model import MultiModalSwav
 
 
-def build_model(config: TrainConfig) -> Embedder:
-    """Freshly initialised, on the CPU, with torch's generator: seed it first."""
+def build_model(config: TrainConfig, labels: Sequence[LabelSet] = ()) -> Embedder:
+    """Freshly initialised, on the CPU, with torch's generator: seed it first. Raises UserError.
+
+    The heads of the labels come last: without them the other weights are the same.
+    """
     if config.method == "simclr":
-        return Embedder(config.model, config.groups)
-    return MultiModalSwav(config.model, config.swav, config.data.modalities)
+        model = Embedder(config.model, config.groups)
+    else:
+        model = MultiModalSwav(config.model, config.swav, config.data.modalities)
+    for one in labels:
+        if hasattr(nn.ModuleDict, one.name):
+            raise UserError(f"labels called {one.name!r} cannot be trained on: store them under another name")
+        model.label_heads[one.name] = nn.Linear(feature_dim(model.backbone), len(one.classes))
+    return model

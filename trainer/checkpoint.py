@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch import Tensor
 from shards.errors import UserError
 from trainer import files
 from trainer.config import TrainConfig
+from trainer.labels import LabelSet, from_json
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -145,9 +146,13 @@ def sweep(run_dir: Path) -> None:
 
 
 def check_same_run(
-    state: Mapping[str, Any], config: TrainConfig, dataset_fingerprint: str, bands_digest: str | None = None
+    state: Mapping[str, Any],
+    config: TrainConfig,
+    dataset_fingerprint: str,
+    bands_digest: str | None = None,
+    labels: Sequence[LabelSet] | None = None,
 ) -> None:
-    """Refuse to go on with another dataset, other settings or other band statistics (None: not compared).
+    """Refuse to go on with another dataset, other settings, labels or band statistics (None: not compared).
 
     Raises UserError naming what differs.
     """
@@ -166,6 +171,13 @@ def check_same_run(
             f"now {dataset_fingerprint} (adding data changes it too). "
             "Set data.dataset back to continue it, or choose another run folder"
         )
+    then = from_json(state.get("labels", []))
+    for was_then, known in zip(then, then if labels is None else labels, strict=True):
+        if was_then != known:
+            raise UserError(
+                f"the labels {known.name!r} are not those that the run began with: put the table back "
+                "(labels/ of the dataset) to continue it, or choose another run folder"
+            )
     bands = state.get("bands_digest")
     if None not in (bands, bands_digest) and bands != bands_digest:
         raise UserError(

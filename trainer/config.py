@@ -106,6 +106,37 @@ class SimclrConfig(Strict):
     temperature: float = Field(default=0.1, gt=0)
 
 
+class LabelSetConfig(Strict):
+    """A label table of the dataset, DATASET/labels/<name>.parquet (`ingest label`), with a head of its own.
+
+    kind: `classes`, one of several (cross-entropy), or `multi`, any of several (binary cross-entropy, entries
+    may be unknown one by one). modalities: whose labels count; none named: all.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    kind: Literal["classes", "multi"] = "classes"
+    beta: float = Field(default=1.0, ge=0)
+    modalities: tuple[str, ...] = ()
+
+
+class SupervisionConfig(Strict):
+    """method.md eq. 4: `1/N sum_k [alpha L_ss(x_k) + 1[k labelled] beta L_sup(g(x_k), y_k)]`, one linear g
+    for each set of labels. denominator: N of the second term, the whole batch or its labelled images."""
+
+    labels: tuple[LabelSetConfig, ...] = ()
+    alpha: float = Field(default=1.0, ge=0)
+    denominator: Literal["batch", "labelled"] = "batch"
+
+    @model_validator(mode="after")
+    def _sets_differ(self) -> "SupervisionConfig":
+        names = [one.name for one in self.labels]
+        if len(set(names)) != len(names):
+            raise ValueError("labels must name each table once")
+        if not names and (self.alpha, self.denominator) != (1.0, "batch"):
+            raise ValueError("alpha and denominator go with labels, and no table is named: set labels")
+        return self
+
+
 class OptimConfig(Strict):
     """`lr_scaling` (method.md 3-D): `none` takes the learning rates as they are, `linear` multiplies both by
     data.batch_size / reference_global_batch (Goyal et al. 2017)."""
@@ -118,6 +149,7 @@ class OptimConfig(Strict):
     warmup_steps: int = Field(default=0, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-6, ge=0)
+    accumulation: int = Field(default=1, gt=0)  # micro-batches of a step, one Sinkhorn over all of them
     larc_trust: float = 0.001
     larc_eps: float = 1e-8
 
@@ -149,6 +181,7 @@ class TrainConfig(Strict):
     model: ModelConfig = ModelConfig()
     swav: SwavConfig = SwavConfig()
     simclr: SimclrConfig = SimclrConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -181,6 +214,13 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
+        for one in self.supervision.labels:
+            strange = sorted(set(one.modalities) - set(self.data.modalities))
+            if strange:
+                raise ValueError(
+                    f"supervision.labels: {one.name} is for {strange[0]}, which data.modalities does not name"
+                )
+        self._check_accumulation()
         self._check_simclr() if self.method == "simclr" else self._check_swav()
         if self.optim.warmup_steps > self.max_steps:
             raise ValueError(
@@ -188,6 +228,25 @@ class TrainConfig(Strict):
                 "the learning rate would never be reached"
             )
         return self
+
+    def _check_accumulation(self) -> None:
+        parts, share = self.optim.accumulation, self.data.per_modality
+        if parts > 1 and self.method == "simclr":
+            raise ValueError(
+                f"optim.accumulation={parts} goes with method=swav only: NT-Xent compares each image with "
+                "all others of the step in one loss, a micro-batch would have fewer negatives. Set it to 1"
+            )
+        if parts > 1 and self.data.sampling != "equal":
+            raise ValueError(
+                f"optim.accumulation={parts} cuts a batch into parts with equal shares of each modality, "
+                f"and data.sampling is {self.data.sampling}: set one of them to its default"
+            )
+        if self.data.sampling == "equal" and share % parts:
+            raise ValueError(
+                f"optim.accumulation={parts} does not divide the {share} images of each modality: use a "
+                f"divisor of {share}, or a data.batch_size that is a multiple of "
+                f"{len(self.data.modalities) * parts}"
+            )
 
     def _check_simclr(self) -> None:
         _refuse_set("swav", self.swav, "method=simclr")
@@ -283,6 +342,13 @@ def check_world(config: TrainConfig, world_size: int) -> None:
             f"data.batch_size={config.data.batch_size} gives {per_modality} images of each modality, which "
             f"{world_size} ranks cannot share equally: use a batch_size that is a multiple of "
             f"{len(config.data.modalities) * world_size}"
+        )
+    parts = config.optim.accumulation
+    if per_modality // world_size % parts:
+        raise UserError(
+            f"optim.accumulation={parts} does not divide the {per_modality // world_size} images of each "
+            f"modality of a rank: use a batch_size that is a multiple of "
+            f"{len(config.data.modalities) * world_size * parts}"
         )
 
 

@@ -8,7 +8,7 @@ the same losses, exactly on a CPU, as one that was not.
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ from trainer.build import build_model
 from trainer.config import TrainConfig, check_device, check_world, few_samples_warning
 from trainer.distributed import from_rank_zero
 from trainer.export import encoder_info, save_encoder
+from trainer.export_heads import HEADS_FILE, save_heads
+from trainer.labels import LabelSet
 from trainer.meter import Meter, OnMetrics, not_finite
 from trainer.models.initial import load_initial
 from trainer.optim import build_optimizer
@@ -64,6 +66,7 @@ class Run:
     world: int
     device: torch.device
     bands_digest: str | None = None
+    labels: tuple[LabelSet, ...] = ()
 
 
 @dataclass
@@ -87,6 +90,7 @@ def train(
     device: torch.device | str = "cpu",
     dataset_fingerprint: str,
     bands_digest: str | None = None,
+    labels: Sequence[LabelSet] = (),
     on_metrics: OnMetrics | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> TrainResult:
@@ -97,12 +101,15 @@ def train(
     floats (`samples`: global images since the last call; seconds: means per step since then). When
     should_stop() is true on any rank, all ranks stop after the same step, with a checkpoint. Rank 0 writes
     metrics.jsonl, checkpoints/ and, at the end, encoder.safetensors. bands_digest: of the band statistics
-    that the batches are made with; one run keeps to one. Raises UserError for a run folder of another run
-    and when another attempt has begun, NotFiniteError.
+    that the batches are made with; labels: those of supervision.labels; one run keeps to them. Raises
+    UserError for a run folder of another run and when another attempt has begun, NotFiniteError.
     """
     check_world(config, world)
     check_device(config, world, torch.device(device).type)
-    run = Run(config, Path(run_dir), dataset_fingerprint, rank, world, torch.device(device), bands_digest)
+    if [one.name for one in labels] != [one.name for one in config.supervision.labels]:
+        raise ValueError("labels are not those of supervision.labels")
+    device = torch.device(device)
+    run = Run(config, Path(run_dir), dataset_fingerprint, rank, world, device, bands_digest, tuple(labels))
     with fixed_compute(run):
         state = build_state(run)
         start, attempt = resume(run, state)
@@ -122,6 +129,7 @@ def train(
                 config,
                 precision=state.precision,
                 sizes=batch.sizes if config.swav.groups == "per-modality" else None,
+                labels=labels_to_device(run, batch),
             )
             if is_logged(step, config):
                 metrics = of_last_steps(run, state, metrics)
@@ -143,7 +151,7 @@ def build_state(run: Run) -> TrainState:
     config = run.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model: nn.Module = build_model(config)
+        model: nn.Module = build_model(config, run.labels)
     on_gpu = run.device.type == "cuda"
     model.to(run.device).train()
     if on_gpu:
@@ -219,7 +227,7 @@ def _check_newest(run: Run) -> int:
     found = checkpoint.newest(run.folder)
     if found is None:
         return 0
-    checkpoint.check_same_run(found.state, run.config, run.dataset_fingerprint, run.bands_digest)
+    checkpoint.check_same_run(found.state, run.config, run.dataset_fingerprint, run.bands_digest, run.labels)
     return found.step
 
 
@@ -252,6 +260,7 @@ def save(run: Run, state: TrainState, step: int, attempt: Attempt) -> None:
         "config": run.config.model_dump(mode="json"),
         "dataset_fingerprint": run.dataset_fingerprint,
         "bands_digest": run.bands_digest,
+        "labels": [asdict(one) for one in run.labels],
         "world": run.world,
         "torch": torch.__version__,
     }
@@ -259,14 +268,18 @@ def save(run: Run, state: TrainState, step: int, attempt: Attempt) -> None:
 
 
 def export(run: Run, state: TrainState, step: int, attempt: Attempt, *, again: bool) -> Path:
-    """Rank 0 writes RUN/encoder.safetensors (`again`: even if it is there); all ranks return when it is."""
+    """Rank 0 writes RUN/encoder.safetensors, and heads.safetensors where there are labels (`again`: even if
+    they are there); all ranks return when they are."""
     path = run.folder / "encoder.safetensors"
 
     def write() -> dict[str, Any]:
         attempt.check()
         if again or not path.is_file():
             info = encoder_info(run.config, step, run.dataset_fingerprint)
-            save_encoder(path, unwrap(state.model).backbone, info)
+            core = unwrap(state.model)
+            if run.labels:
+                save_heads(run.folder / HEADS_FILE, core.label_heads, run.labels, info)
+            save_encoder(path, core.backbone, info)
         return {}
 
     from_rank_zero(write, rank=run.rank, world=run.world, device=run.device)
@@ -296,6 +309,16 @@ def to_device(run: Run, batch: "Batch") -> list[Tensor]:
             crop = crop.pin_memory().to(run.device, non_blocking=True)
         crops.append(crop.unsqueeze(2).expand(-1, -1, config.model.in_channels, -1, -1))
     return crops
+
+
+def labels_to_device(run: Run, batch: "Batch") -> dict[str, Tensor]:
+    """A batch's labels. Raises ValueError where they are of other sets."""
+    if list(batch.labels) != [one.name for one in run.labels]:
+        raise ValueError(f"batch {batch.step} has the labels {list(batch.labels)}")
+    return {
+        name: torch.from_numpy(np.require(values, requirements=["C", "W"])).to(run.device, non_blocking=True)
+        for name, values in batch.labels.items()
+    }
 
 
 @contextmanager

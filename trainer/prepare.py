@@ -12,6 +12,7 @@ from trainer.batches import dataset_fingerprint as dataset_fingerprint
 from trainer.batches import fit_bands
 from trainer.config import TrainConfig
 from trainer.files import disk_full_is_clear, new_attempt
+from trainer.labels import LabelSet, label_sets
 
 Bands = Mapping[str, BandStatistics]
 
@@ -20,6 +21,7 @@ Bands = Mapping[str, BandStatistics]
 class Prepared:
     dataset_fingerprint: str
     bands: Bands | None
+    labels: tuple[LabelSet, ...] = ()
 
     @property
     def bands_digest(self) -> str | None:
@@ -29,8 +31,8 @@ class Prepared:
 def prepare(
     config: TrainConfig, run_dir: Path, progress: Callable[[int, int], None] | None = None
 ) -> Prepared:
-    """Identify the dataset and have its band statistics at hand, fitted into RUN/bands.json if the
-    configuration names no file. For one process of a run; the others call `load_bands`.
+    """Identify the dataset and its labels and have its band statistics at hand, fitted into RUN/bands.json
+    if the configuration names no file. For one process of a run; the others call `load_bands`.
     progress: see fit_bands. Raises UserError.
 
     A run that has a checkpoint keeps the statistics it began with; the fit is a function of dataset and
@@ -39,6 +41,7 @@ def prepare(
     if not config.data.dataset:
         raise UserError("data.dataset is not set: name the folder of the dataset, data.dataset=FOLDER")
     fingerprint = dataset_fingerprint(config.data.dataset)
+    labels = label_sets(config)
     path = run_dir / "bands.json"
     if needs_fit(config, run_dir):
         with disk_full_is_clear("writing the band statistics"):
@@ -46,7 +49,7 @@ def prepare(
             temporary = path.with_name(f"bands.json.tmp-{new_attempt()}")
             save_statistics(temporary, fit_bands(config, progress=progress))
             temporary.rename(path)
-    return Prepared(fingerprint, load_bands(config, run_dir))
+    return Prepared(fingerprint, load_bands(config, run_dir), labels)
 
 
 def load_bands(config: TrainConfig, run_dir: Path) -> Bands | None:

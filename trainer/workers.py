@@ -25,6 +25,7 @@ from shards.errors import UserError
 from trainer.augment.bands import BandStatistics
 from trainer.batches import Batch, BatchMaker
 from trainer.config import TrainConfig
+from trainer.labels import LabelSet
 
 MakeBatch = Callable[[int], Batch]
 MAX_DEATHS = 3  # in a row, at the same step
@@ -37,8 +38,9 @@ def make_batches(
     world: int,
     bands: Mapping[str, BandStatistics] | None,
     fingerprint: str | None = None,
+    labels: Sequence[LabelSet] | None = None,
 ) -> MakeBatch:
-    return BatchMaker(config, rank, world, bands, fingerprint)
+    return BatchMaker(config, rank, world, bands, fingerprint, labels)
 
 
 class BatchWorkers:

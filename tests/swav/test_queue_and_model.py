@@ -120,7 +120,7 @@ def test_prototypes_are_unit_vectors_at_birth_after_a_load_and_in_every_forward(
 
 def test_features_are_unit_and_each_modality_has_its_own_prototypes():
     model = MultiModalSwav(MODEL, SWAV, ("xr", "us"))
-    z, scores = model([torch.rand(2, 6, 1, 16, 16), torch.rand(3, 6, 1, 12, 12)])
+    z, scores, _ = model([torch.rand(2, 6, 1, 16, 16), torch.rand(3, 6, 1, 12, 12)])
     assert z.shape == (5, 6, 8)
     assert torch.allclose(z.norm(dim=2), torch.ones(5, 6), atol=1e-5)
     for m, name in enumerate(("xr", "us")):
@@ -131,10 +131,10 @@ def test_features_are_unit_and_each_modality_has_its_own_prototypes():
 def test_uint8_crops_are_scaled_and_bfloat16_gives_float32_scores():
     model = MultiModalSwav(MODEL, SWAV, ("xr",)).eval()
     bytes_ = torch.randint(0, 256, (2, 4, 1, 16, 16), dtype=torch.uint8)
-    z, _ = model([bytes_])
+    z, _, _ = model([bytes_])
     assert torch.allclose(z, model([bytes_.float() / 255])[0], atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        z, scores = model([bytes_])
+        z, scores, _ = model([bytes_])
     assert z.dtype == scores[0].dtype == torch.float32
     assert torch.allclose(z.norm(dim=2), torch.ones(2, 4), atol=1e-5)
 
@@ -176,7 +176,7 @@ def test_same_size_crops_share_one_backbone_forward_and_all_share_the_heads():
     for module in (model.backbone, model.projection_head):
         module.register_forward_pre_hook(lambda _m, x: seen.append(tuple(x[0].shape)))
     crops = [torch.rand(2, 4, 1, 16, 16), torch.rand(1, 4, 1, 12, 12), torch.rand(3, 4, 1, 16, 16)]
-    z, _ = model(crops)
+    z, _, _ = model(crops)
     assert seen == [(20, 1, 16, 16), (4, 1, 12, 12), (24, model.backbone.feature_dim)]
     model.eval()
     separate = torch.cat([model([c])[0] for c in crops])

@@ -4,6 +4,7 @@ import numpy as np
 
 from trainer.batches import Batch
 from trainer.config import TrainConfig
+from trainer.labels import LabelSet
 
 FINGERPRINT = "madeup"
 
@@ -47,7 +48,25 @@ class FakeBatches:
             for group in self.config.views.crops
         )
         keys = tuple(f"{data.modalities[m]}{draw}" for m, draw in draws)
-        return Batch(step, crops, data.modalities, keys, (0,) * len(keys), {"read": 0.0})
+        labels = {one.name: fake_labels(one.kind, draws) for one in self.config.supervision.labels}
+        return Batch(step, crops, data.modalities, keys, (0,) * len(keys), {"read": 0.0}, labels=labels)
+
+
+def fake_sets(config: TrainConfig) -> tuple[LabelSet, ...]:
+    """What the run folder of a run with labels is held to."""
+    return tuple(LabelSet(one.name, one.kind, ("a", "b", "c"), "d") for one in config.supervision.labels)
+
+
+def fake_labels(kind: str, draws: list[tuple[int, int]]) -> np.ndarray:
+    """Of each (modality, draw): a function of the two; a quarter has none, some entries are unknown."""
+    random = [np.random.default_rng((7, *draw)) for draw in draws]
+    if kind == "classes":
+        return np.array([max(r.integers(-1, 3), r.integers(-1, 1)) for r in random], np.int64)
+    return (
+        np.stack([r.integers(-1, 2, 3) * (r.random() > 0.25) - (r.random() > 0.9) for r in random])
+        .clip(-1, 1)
+        .astype(np.int8)
+    )
 
 
 def image(modality: int, draw: int, size: int, count: int) -> np.ndarray:

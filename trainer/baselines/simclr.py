@@ -37,14 +37,18 @@ def nt_xent(features: Tensor, temperature: float, group: ProcessGroup | None = N
 
 @torch.no_grad()
 def contrastive_diagnostics(
-    losses: Sequence[Tensor], n_images: int, group: ProcessGroup | None = None
+    losses: Sequence[Tensor], sizes: Sequence[int], n_images: int, group: ProcessGroup | None = None
 ) -> list[dict[str, Tensor]]:
-    """For each group of images scalars over all ranks: loss, and loss_minus_chance, which is 0 where all of
-    a crop's 2N - 1 candidates are equally near. losses: scalars; n_images: N of all ranks."""
-    _, world = rank_and_world(group)
-    means = sum_over_ranks(torch.stack(list(losses)), group) / world
+    """For each group of images scalars over all ranks: loss, and loss_minus_chance. losses: scalars, of
+    this rank's `sizes` images; n_images: N of all ranks."""
+    own = torch.stack(
+        [torch.stack([loss * n, loss.new_tensor(n)]) for loss, n in zip(losses, sizes, strict=True)]
+    )
+    sums, images = sum_over_ranks(own, group).unbind(dim=1)
+    means = sums / images.clamp_min(1)
     return [{"loss": loss, "loss_minus_chance": loss - chance_loss(n_images)} for loss in means.unbind()]
 
 
 def chance_loss(n_images: int) -> float:
+    """Where all 2N - 1 candidates of a crop are equally near."""
     return math.log(2 * n_images - 1)

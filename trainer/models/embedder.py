@@ -1,6 +1,7 @@
 """Backbone and projection head: what every objective trains, and all that `method: simclr` needs."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,19 @@ from trainer.models.heads import projection_head
 
 class Output(NamedTuple):
     """Of a forward: unit features [V, n, F] and, for each group with prototypes, scores [V, b, K]; all
-    float32, with gradient. V: crops of an image, in the order of views.crops. n: images of this rank."""
+    float32, with gradient. V: crops of an image, in the order of views.crops. n: images of this rank.
+    logits: of each label set [A, n, C], of the A crops of the largest size."""
 
     features: Tensor
     scores: list[Tensor]
+    logits: dict[str, Tensor]
 
 
 class Embedder(nn.Module):
-    """`backbone` and `projection_head`. groups: names of the parts of a batch, for metrics."""
+    """`backbone` and `projection_head`; `label_heads`, a Linear on pooled features for each set of labels.
+
+    groups: names of the parts of a batch, for metrics.
+    """
 
     def __init__(self, model: ModelConfig, groups: Sequence[str]) -> None:
         super().__init__()
@@ -33,18 +39,24 @@ class Embedder(nn.Module):
             head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
         self.backbone: nn.Module = backbone
         self.projection_head: nn.Module = head
+        self.label_heads = nn.ModuleDict()
 
     def forward(self, crops: Sequence[Tensor], sizes: Sequence[int] | None = None) -> Output:
         """crops: per crop group [count, n, C, *spatial], float in [0, 1] or uint8; images are
         modality-major. sizes: of the groups; for those that have prototypes.
         """
-        return Output(self.embed(crops), [])
+        z, logits = self.embed(crops)
+        return Output(z, [], logits)
 
-    def embed(self, crops: Sequence[Tensor]) -> Tensor:
-        """Unit features [V, n, F]; the head sees all crops at once."""
+    def embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Unit features [V, n, F], the projection head sees all crops at once; and Output.logits."""
         n = crops[0].shape[1]
         pooled = self._pool(crops)  # [V * n, D]
-        return normalize(self.projection_head(pooled).float(), dim=1).unflatten(0, (-1, n))
+        z = normalize(self.projection_head(pooled).float(), dim=1).unflatten(0, (-1, n))
+        if not self.label_heads:
+            return z, {}
+        large = _large(pooled.unflatten(0, (-1, n)), crops)
+        return z, {name: head(large).float() for name, head in self.label_heads.items()}
 
     def _pool(self, crops: Sequence[Tensor]) -> Tensor:
         """One backbone forward per crop shape: batch-norm statistics are those of all crops of a
@@ -59,6 +71,13 @@ class Embedder(nn.Module):
             for i, part in zip(members, out.split([len(f) for f in flat]), strict=True):
                 pooled[i] = part
         return torch.cat(pooled)
+
+
+def _large(pooled: Tensor, crops: Sequence[Tensor]) -> Tensor:
+    """Of pooled [V, n, D] the views of the crop groups of the largest size: [A, n, D]."""
+    areas = [prod(c.shape[3:]) for c in crops]
+    views = pooled.split([len(c) for c in crops])
+    return torch.cat([part for part, area in zip(views, areas, strict=True) if area == max(areas)])
 
 
 def _to_float(crops: Tensor) -> Tensor:

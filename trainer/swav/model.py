@@ -23,9 +23,13 @@ class MultiModalSwav(Embedder):
     def forward(self, crops: Sequence[Tensor], sizes: Sequence[int] | None = None) -> Output:
         """See Embedder.forward. sizes: images of each group in n; default: equal parts."""
         self.prototypes.normalize()
-        z = self.embed(crops)
+        return self.look(crops, sizes)
+
+    def look(self, crops: Sequence[Tensor], sizes: Sequence[int] | None = None) -> Output:
+        """The forward with the prototypes as they are: a graph that waits for its backward needs them so."""
+        z, logits = self.embed(crops)
         parts = group_slices(z.shape[1], len(self.groups), sizes)
-        return Output(z, self.prototypes.scores([z[:, part] for part in parts]))
+        return Output(z, self.prototypes.scores([z[:, part] for part in parts]), logits)
 
 
 def group_slices(n: int, n_groups: int, sizes: Sequence[int] | None = None) -> list[slice]:
