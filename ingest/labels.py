@@ -53,7 +53,8 @@ def join_labels(
     a column `frame` (0-based) chooses one image of a file. `sources`: those of the ingest run, needed by file
     where the CSV lies above a source. Boxes and masks follow the crop or reduction of their image; they are
     not joined to NIfTI slices, which are turned. of: "images", or "volumes": a volume has the value of any of
-    its slices (classes and multi only). In the metadata of the returned table: `unmatched`, rows
+    its slices (classes and multi only). Where kind multi has several columns, `unknown` lists those that are
+    empty in a row with other cells. In the metadata of the returned table: `unmatched`, rows
     without a value or without a sample; `misplaced`, boxes outside the stored image and masks that are no
     grey PNG of the size of the source image; `repeated`, rows of an image that had one before.
     Raises UserError for a table that cannot be used, matches nothing, or names a file that two inputs have.
@@ -90,8 +91,9 @@ def join_labels(
             matched = [key for key in matched if str(samples[key]["frame"]) == row[frame_column]]
         unmatched += not matched
         split = row.get("split", "").lower()
+        empty = [column for column in values if not row[column]] if kind == "multi" else []
         for key in matched:
-            found.add(key, value, split if split in _SPLITS else "")
+            found.add(key, value, split if split in _SPLITS else "", empty)
     _check(path, found.texts(), bool(found.values))
     order = sorted(found.values)
     field, kind_of_field = FIELDS[kind]
@@ -99,6 +101,9 @@ def join_labels(
         "key": pa.array(order, pa.string()),
         field: pa.array([found.values[key] for key in order], kind_of_field),
     }
+    if any(found.unknown.values()):
+        names_left = [sorted(found.unknown[key] - set(found.values[key])) for key in order]
+        arrays["unknown"] = pa.array(names_left, kind_of_field)
     if "split" in columns:
         arrays["split"] = pa.array([found.splits[key] for key in order], pa.string())
     result = pa.table(arrays)
@@ -149,12 +154,16 @@ class _Found:
         self.kind, self.folder, self.samples = kind, folder, samples
         self.values: dict[str, Any] = {}
         self.splits: dict[str, str] = {}
+        self.unknown: dict[
+            str, set[str]
+        ] = {}  # columns of kind multi in which all rows of a sample are empty
         self.misplaced = 0
         self.repeated = 0  # rows of a sample that had a value
 
-    def add(self, key: str, value: Any, split: str) -> None:
+    def add(self, key: str, value: Any, split: str, empty: Sequence[str] = ()) -> None:
         self.repeated += key in self.values
         if self.kind == "multi":
+            self.unknown[key] = self.unknown.get(key, set(empty)) & set(empty)
             self.values[key] = sorted({*self.values.get(key, ()), *value})
         elif self.kind == "boxes":
             boxes = [placed_box(box, self.samples[key]) for box in value]

@@ -117,8 +117,15 @@ def test_several_labels_are_columns_or_one_cell(made, tmp_path):
     rows, metadata = joined(made[1], tmp_path, text, kind="multi", values=("a", "b"))
     assert {n: row["labels"] for n, row in rows.items()} == {0: ["a", "b"], 1: []}
     assert metadata[b"unmatched"] == b"1"
+    assert "unknown" not in rows[0]
     rows, _ = joined(made[1], tmp_path, "file,label\na/0,x|y\na/0,z\n", kind="multi")
     assert rows[0]["labels"] == ["x", "y", "z"]
+
+
+def test_an_empty_cell_beside_others_is_unknown_and_no_zero(made, tmp_path):
+    text = "file,a,b,c\na/0,1,,\na/0,,0,\na/1,0,0,0\n"
+    rows, _ = joined(made[1], tmp_path, text, kind="multi", values=("a", "b", "c"))
+    assert {n: (row["labels"], row["unknown"]) for n, row in rows.items()} == {0: (["a"], ["c"]), 1: ([], [])}
 
 
 def test_labels_join_by_key_and_by_accession_number(tmp_path):
