@@ -74,7 +74,7 @@ def test_half_precision_forwards_give_finite_float32_codes(monkeypatch, dtype, e
         found.extend(result := codes.assign_codes(*args, **options))
         return result
 
-    monkeypatch.setattr("trainer.step.assign_codes", watched)
+    monkeypatch.setattr("trainer.accumulation.assign_codes", watched)
     stepper = Stepper(
         tiny(swav__epsilon=epsilon), Precision(dtype, fp16().scaler if dtype == torch.float16 else None)
     )
@@ -164,7 +164,7 @@ def test_a_gradient_that_is_not_finite_is_told_by_its_step_and_never_reaches_a_c
             scores.register_hook(lambda g: g * torch.nan)
         return loss.swapped_prediction(scores, *args)
 
-    monkeypatch.setattr("trainer.step.swapped_prediction", poisoned)
+    monkeypatch.setattr("trainer.objective.swapped_prediction", poisoned)
     with pytest.raises(NotFiniteError, match=f"a gradient is not finite after step {at}; .* is step 3"):
         run(tmp_path, tiny())
     assert checkpoint.list_steps(tmp_path) == [3]
