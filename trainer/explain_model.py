@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.build import build_model
-from trainer.config import OWN_BACKBONES, TrainConfig
+from trainer.config import OWN_BACKBONES, ModelConfig, TrainConfig
 
 _IMAGES = 2  # of each group: batch norm needs more than one
 
@@ -26,6 +26,9 @@ class ModelCost:
 def measure_model(config: TrainConfig) -> ModelCost:
     """Our backbones are never allocated nor run; others are, on two images of each group."""
     ours = config.model.backbone in OWN_BACKBONES
+    # Synchronised batch norm costs the same, and runs on GPUs only.
+    alone = config.model.model_copy(update={"sync_batchnorm": ModelConfig().sync_batchnorm})
+    config = config.model_copy(update={"model": alone})
     with torch.random.fork_rng(devices=[]), FakeTensorMode() if ours else nullcontext():
         model = build_model(config)
         images = _IMAGES * len(model.groups)
@@ -35,7 +38,8 @@ def measure_model(config: TrainConfig) -> ModelCost:
         with FlopCounterMode(display=False) as counter:
             out = model(crops)
             torch.stack([t.sum() for t in (out.features, *out.scores)]).sum().backward()
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    parameters = {name: count for name, count in counted.items() if count}
     state = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     moments = 2 if config.optim.optimizer == "adamw" else 1
     return ModelCost(

@@ -134,6 +134,24 @@ def test_what_cannot_go_well_is_said():
     ]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["method=simclr", "swav={}", "views.crops=[{count: 2, size: 40}]"],
+        ["model.backbone=torchvision:resnet18", "views.crops=[{count: 2, size: 32}]"],
+        ["model.sync_batchnorm=true", "swav.groups=shared"],
+        ["data.sampling=temperature", "data.sampling_temperature=2"],
+    ],
+)
+def test_settings_away_from_the_presets_are_explained_too(more):
+    found = explain(load_config("demo", more), 4, "demo")
+    assert found["compute"]["gflop_per_sample"] > 0 and found["compute"]["parameters"]["backbone"] > 0
+    assert ("prototypes" in found["compute"]["parameters"]) == (found["method"] == "swav")
+    text = render(found)
+    assert "batch           32 images of all ranks, 8 of a rank" in text
+    assert ("shares depend on a dataset" in text) == ("data.sampling_temperature=2" in more)
+
+
 def test_the_commands_exit_0_and_write_nothing(root, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(Path(root).rglob("*"))
