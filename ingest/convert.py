@@ -254,25 +254,25 @@ def read_entry(entry: Entry, reader: Reader) -> Iterator[Item]:
     elif is_copied(entry.path) and (entry.member or is_url(entry.path)) and not entry.member.startswith("!"):
         yield Refusal(unread_reason(entry) or Reason.NOT_AN_IMAGE, modality=entry.modality)
     else:
-        before = _state(entry.path)
-        yield from reader.read(entry.path, entry.kind, entry.modality, entry.member)
-        after = _state(entry.path)
+        before = _state(entry)
+        yield from reader.read(entry.path, entry.kind, entry.modality, entry.member, entry.partner)
+        after = _state(entry)
         if after is not None and after != before:  # written to: what was read may be half of each
             yield Refusal(Reason.SOURCE_MISSING, modality=entry.modality)
 
 
-def _state(path: str) -> tuple[Any, ...] | None:
-    """None where the file is gone: once open, it is read to its end all the same."""
+def _state(entry: Entry) -> tuple[Any, ...] | None:
+    """None where a file is gone: once open, it is read to its end all the same."""
     try:
-        return state_of(path)
+        return state_of(entry.path) + (state_of(entry.partner) if entry.partner else ())
     except OSError:
         return None
 
 
 def _read_copy(entry: Entry, reader: Reader) -> Iterator[Item]:
     try:
-        with copied(entry) as local:
-            yield from reader.read(local, entry.kind, entry.modality)
+        with copied(entry) as (local, partner):
+            yield from reader.read(local, entry.kind, entry.modality, partner=partner)
     except Refused as refused:
         yield Refusal(refused.reason, modality=entry.modality)
     except OSError:  # of the source: those of the copy are UserError

@@ -1,14 +1,13 @@
 """Private copies of inputs for the decoder process, where it must not read the source itself."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from ingest.archives import opened, prepared
 from ingest.config import ReadRules
-from ingest.discover import ANY_SIZE, Entry, content_of, identity_of
+from ingest.discover import ANY_SIZE, Entry
 from ingest.frames import Refused
-from ingest.sniff import HEAD_BYTES
+from ingest.identity import identity_of, seen_of
 from ingest.sources import chunks
 from shards.schema import Reason
 
@@ -28,30 +27,34 @@ def unread_reason(entry: Entry) -> Reason | None:
 
 
 @contextmanager
-def copied(entry: Entry, rules: ReadRules = ANY_SIZE) -> Iterator[str]:
+def copied(entry: Entry, rules: ReadRules = ANY_SIZE) -> Iterator[tuple[str, str]]:
     """The path of a copy that lasts as long as the context: the file or member that the inventory saw.
+
+    The second path: of a copy of the image file of a NIfTI pair, else "".
 
     Raises Refused (SOURCE_MISSING: it is gone or another one), OSError of the source, UserError of the copy.
     """
     if entry.member:
         with _member(entry, rules) as local:
-            yield local
+            yield local, ""
         return
     try:
-        with prepared(chunks(entry.path, entry.size + 1), entry.size, entry.size + 1, _MEMORY_BYTES) as local:
-            _hold_to_identity(local, entry)
-            yield local
+        with ExitStack() as open_copies:
+            local, partner = (
+                open_copies.enter_context(_copy(path, entry.size)) if path else ""
+                for path in (entry.path, entry.partner)
+            )
+            size, content = seen_of(local, entry.kind, partner)
+            if identity_of(entry.relative, size, content, entry.salt) != entry.identity:
+                raise Refused(Reason.SOURCE_MISSING)
+            yield local, partner
     except FileNotFoundError:
         raise Refused(Reason.SOURCE_MISSING) from None
 
 
-def _hold_to_identity(local: str, entry: Entry) -> None:
-    with open(local, "rb") as file:
-        head = file.read(HEAD_BYTES)
-        size = os.fstat(file.fileno()).st_size
-    content = content_of(local, size, head, entry.kind)
-    if identity_of(entry.relative, size, content, entry.salt) != entry.identity:
-        raise Refused(Reason.SOURCE_MISSING)
+def _copy(path: str, size: int) -> AbstractContextManager[str]:
+    """size: bytes of the input, of which a pair has two files."""
+    return prepared(chunks(path, size + 1), size, size + 1, _MEMORY_BYTES)
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from ingest.dicom.admit import admit_class
 from ingest.dicom.header import open_dataset, quiet, text
 from ingest.dicom.syntaxes import check_decoders
 from ingest.frames import Refused
-from ingest.sniff import HEAD_BYTES, read_head, sniff
+from ingest.identity import content_of, identity_of, seen_of, sha256_of
+from ingest.pairs import image_of, is_image_of_a_header
+from ingest.sniff import HEAD_BYTES, is_pair_header, read_head, sniff
 from ingest.sources import is_odd, open_source, prefix, real_path, size_of
 from ingest.tables import DISCOVERED_NAME, Listing, Listings, bids_subject, listings
 from ingest.walk import Files, source_names
 from shards.errors import UserError
-from shards.ids import digest
 from shards.objects import is_url
 from shards.schema import Reason
 
@@ -33,7 +34,6 @@ _HEADER_TAGS = (
     "SeriesInstanceUID",
 )
 _HEADER_LIMIT = 16 << 20  # bytes that a deflated header scan may inflate
-_WHOLE_BYTES, _BLOCKS = 1 << 20, 64
 REMOTE_PREFIX_BYTES = 32 << 10  # of an object, read at once: nearly all headers up to the series
 _REQUESTS = 16  # to a bucket at a time, of the header scan
 _Given = tuple[str, str, str]  # path, relative, source
@@ -67,6 +67,7 @@ class Entry:
     member: str = ""  # key of a file of the archive at `path` (ingest.archives)
     order: int = 0  # in a compressed tar, which is read forwards
     absent: bool = False  # listed in a table, but not there
+    partner: str = ""  # of the header of a NIfTI pair: its image file, which size and identity include
 
 
 class NothingToIngestError(UserError):
@@ -154,38 +155,11 @@ def _scan_here(files: Iterable[File], listed: Listings, config: IngestConfig) ->
     return _side_by_side(lambda given: entries_of(*given, listed, config), files, config)
 
 
-def identity_of(relative: str, size: int, content: bytes, salt: str = "") -> str:
-    return digest("input", relative, str(size), content, salt or "0")
-
-
-def content_of(path: str, size: int, head: bytes, kind: str) -> bytes:
-    """What of a file's content makes its identity.
-
-    Of DICOM the first 4096 bytes, which hold its UIDs. Headers of other kinds are often equal: the sha256 of
-    all up to 1 MiB, else of blocks of 4096 bytes spread from the first to the last one.
-    """
-    if kind == "dicom" or size <= len(head):
-        return head
-    hasher = hashlib.sha256(head)
-    try:
-        with open_source(path, buffer=_WHOLE_BYTES if size <= _WHOLE_BYTES else HEAD_BYTES) as file:
-            if size <= _WHOLE_BYTES:
-                return hashlib.file_digest(file, "sha256").digest()
-            for block in range(1, _BLOCKS + 1):
-                file.seek((size - HEAD_BYTES) * block // _BLOCKS)
-                hasher.update(file.read(HEAD_BYTES))
-    except OSError:
-        return head
-    return hasher.digest()
-
-
 def unchanged(entry: Entry) -> bool:
     """Whether the file is still what the inventory saw."""
     if entry.member:
         return _member_unchanged(entry)
-    head = read_head(entry.path)
-    size = 0 if head is None else size_of(entry.path)
-    content = content_of(entry.path, size, head or b"", entry.kind)
+    size, content = seen_of(entry.path, entry.kind, entry.partner)
     return identity_of(entry.relative, size, content, entry.salt) == entry.identity
 
 
@@ -212,20 +186,11 @@ def told_apart(entries: list[Entry], config: IngestConfig) -> list[Entry]:
         if entry.member:
             content = _member_content(entry, config.rules())
         else:
-            head = read_head(entry.path)
-            content = content_of(entry.path, entry.size, head or b"", entry.kind)
+            content = seen_of(entry.path, entry.kind, entry.partner)[1]
         found.append(
             replace(entry, salt=salt, identity=identity_of(entry.relative, entry.size, content, salt))
         )
     return found
-
-
-def _sha256(path: str) -> str:
-    try:
-        with open_source(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
 
 
 def _absent(
@@ -269,13 +234,33 @@ def _entry(path: str, relative: str, source: str, listed: Listings, config: Inge
     entry = Entry(path, relative, source, size, kind, identity)
     if kind == "dicom":
         return _with_header(entry, _scan_dicom(path, config), listed)
-    return _described(entry, listed.get(real_path(path)), listed, config)
+    entry = paired(entry, head)
+    return _described(entry, _listing(entry, listed), listed, config)
+
+
+def paired(entry: Entry, head: bytes) -> Entry:
+    """An input with its image file, where it is the header of a NIfTI pair."""
+    if entry.kind != "nifti" or not is_pair_header(head):
+        return entry
+    image = image_of(entry.path)
+    if not image:
+        return replace(entry, hint=Reason.PARTNER_MISSING.value)
+    size, content = seen_of(entry.path, entry.kind, image)
+    return replace(entry, partner=image, size=size, identity=identity_of(entry.relative, size, content))
+
+
+def _listing(entry: Entry, listed: Listings) -> Listing | None:
+    """What a table says of an input; a table may name either file of a pair."""
+    found = listed.get(real_path(entry.path))
+    return listed.get(real_path(entry.partner)) if found is None and entry.partner else found
 
 
 def entries_of(
     path: str, relative: str, source: str, listed: Listings, config: IngestConfig
 ) -> Iterator[Entry]:
-    """The input at a path, or those of the archive there."""
+    """The input at a path, or those of the archive there; none for the image file of a NIfTI pair."""
+    if is_image_of_a_header(path, config.sources):
+        return
     real = real_path(path)
     if is_url(path):
         if is_odd(relative):
@@ -327,7 +312,8 @@ def _remote_entry(
     content = hashlib.sha256(start).digest() if whole else content_of(path, size, head, kind)
     entry = Entry(path, relative, source, size, kind, identity_of(relative, size, content))
     if kind != "dicom":
-        return _described(entry, listed.get(real_path(path)), listed, config)
+        entry = paired(entry, head)
+        return _described(entry, _listing(entry, listed), listed, config)
     with prepared(iter([start]), len(start), REMOTE_PREFIX_BYTES) as local:
         header = _scan_dicom(local, config)
     _, group, hint = header
@@ -396,7 +382,9 @@ def _member_unchanged(entry: Entry) -> bool:
 
 def _content_sha256(entry: Entry, config: IngestConfig) -> str:
     """Of all of an input; of a member of what its identity holds."""
-    return entry.identity if entry.member else _sha256(entry.path)
+    if entry.member:
+        return entry.identity
+    return sha256_of(entry.path) + (sha256_of(entry.partner) if entry.partner else "")
 
 
 def _with_header(entry: Entry, header: tuple[str, str, str], listed: Listings) -> Entry:
@@ -421,7 +409,7 @@ def _described(entry: Entry, listing: Listing | None, listed: Listings, config: 
         patient=patient,
         split=split or listed.splits.get(patient, ""),
         listed=listing is not None,
-        hint=Reason.MODALITY_OUT_OF_SCOPE.value if modality == "none" else "",
+        hint=Reason.MODALITY_OUT_OF_SCOPE.value if modality == "none" else entry.hint,
     )
 
 

@@ -50,14 +50,16 @@ class _Mapping:
     offset: float = 0.0
 
 
-def read_nifti(path: str, modality: str, rules: ReadRules) -> Iterator[Item]:
+def read_nifti(path: str, modality: str, rules: ReadRules, image_file: str = "") -> Iterator[Item]:
     """Slices of one volume as they were acquired. Raises Refused for the whole file.
+
+    image_file: where the voxels lie, of a pair.
 
     Rows and columns run as in DICOM pictures (axial: from front to back, from the patient's right to left).
     frame = slice + slices * time point (at most `frames_per_cine` time points, evenly spread).
     """
     try:
-        volume = _canonical(*_load(path, rules))
+        volume = _canonical(*_load(path, rules, image_file))
     except (MemoryError, Refused):
         raise
     except Exception:  # noqa: BLE001 - the parser raises anything on damaged files; its texts may hold PHI
@@ -95,8 +97,8 @@ def _planes(volume: _Volume, times: list[int]) -> Iterator[tuple[int, NDArray]]:
         yield k + slices * t, np.take(turned, 0, volume.slice_axis)
 
 
-def _load(path: str, rules: ReadRules) -> tuple[Nifti1Header, Voxels]:
-    """Header and voxels of a single-file NIfTI-1 or -2, gzipped or not, without extensions."""
+def _load(path: str, rules: ReadRules, image_file: str) -> tuple[Nifti1Header, Voxels]:
+    """Header and voxels of a NIfTI-1 or -2, a file or a pair, each gzipped or not, without extensions."""
     with open(path, "rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -112,8 +114,19 @@ def _load(path: str, rules: ReadRules) -> tuple[Nifti1Header, Voxels]:
     )
     header = kind(block[: kind.template_dtype.itemsize], check=False)
     shape, dtype = _checked_shape(header, rules)
-    offset = int(header["vox_offset"]) or kind.template_dtype.itemsize + 4
+    offset = int(header["vox_offset"])
+    if header["magic"].item()[:2] == b"ni":
+        if not image_file:
+            raise Refused(Reason.PARTNER_MISSING)
+        path, packed = image_file, _is_packed(image_file)
+    else:
+        offset = offset or kind.template_dtype.itemsize + 4
     return header, open_voxels(path, packed, offset, shape, dtype, _stored_slice_axis(header))
+
+
+def _is_packed(path: str) -> bool:
+    with open(path, "rb") as raw:
+        return raw.read(2) == b"\x1f\x8b"
 
 
 def _stored_slice_axis(header: Nifti1Header) -> int:
@@ -129,8 +142,6 @@ def _checked_shape(header: Nifti1Header, rules: ReadRules) -> tuple[tuple[int, i
         raise Refused(Reason.LABEL_MAP)
     if dtype.names or dtype.kind not in "iuf" or dtype.itemsize > 8:  # RGB, complex, long double
         raise Refused(Reason.LABEL_MAP)
-    if header["magic"].item()[:2] == b"ni":  # the pixels lie in another file
-        raise Refused(Reason.UNREADABLE)
     shape = tuple(int(n) for n in header.get_data_shape())
     if len(shape) < 2 or min(shape) < 1:
         raise Refused(Reason.BAD_PIXEL_DESCRIPTION)

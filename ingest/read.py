@@ -10,11 +10,14 @@ from ingest.frames import Item, Refusal, Refused
 from shards.schema import Reason
 
 
-def read_file(path: str, kind: str, modality: str, rules: ReadRules, member: str = "") -> Iterator[Item]:
+def read_file(
+    path: str, kind: str, modality: str, rules: ReadRules, member: str = "", partner: str = ""
+) -> Iterator[Item]:
     """Frames and refusals of a file; at least one item. Raises nothing but what ends the process.
 
     member: key of a file of the archive at `path` (ingest.archives), "" for itself. kind: as sniffed.
-    modality: the partition of a NIfTI or raster file, "none" for an unlisted raster.
+    modality: the partition of a NIfTI or raster file, "none" for an unlisted raster. partner: the image file
+    of the header of a NIfTI pair.
     """
     with quiet():
         try:
@@ -22,9 +25,9 @@ def read_file(path: str, kind: str, modality: str, rules: ReadRules, member: str
                 from ingest.archives import spooled
 
                 with spooled(path, member, rules) as local:
-                    yield from _read(local, kind, modality, rules)
+                    yield from _read(local, kind, modality, rules, "")
             else:
-                yield from _read(path, kind, modality, rules)
+                yield from _read(path, kind, modality, rules, partner)
         except Refused as refused:
             found = refused.modality if refused.modality != "none" else modality
             yield Refusal(refused.reason, modality=found)
@@ -38,7 +41,7 @@ def read_file(path: str, kind: str, modality: str, rules: ReadRules, member: str
             yield Refusal(Reason.UNREADABLE, modality=modality)
 
 
-def _read(path: str, kind: str, modality: str, rules: ReadRules) -> Iterator[Item]:
+def _read(path: str, kind: str, modality: str, rules: ReadRules, partner: str) -> Iterator[Item]:
     mode = Path(path).stat().st_mode
     if stat.S_ISDIR(mode):  # listed as an input only where it cannot be read
         raise Refused(Reason.UNREADABLE)
@@ -52,7 +55,9 @@ def _read(path: str, kind: str, modality: str, rules: ReadRules) -> Iterator[Ite
     elif kind == "nifti":
         from ingest.nifti import read_nifti
 
-        yield from read_nifti(path, modality, rules)
+        if partner and not stat.S_ISREG(Path(partner).stat().st_mode):
+            raise Refused(Reason.PARTNER_MISSING)
+        yield from read_nifti(path, modality, rules, partner)
     elif kind == "raster" and modality == "none":
         raise Refused(Reason.NOT_LISTED)
     elif kind == "raster":

@@ -35,9 +35,11 @@ _PIPE_BYTES = 1 << 20
 
 
 class Reader(Protocol):
-    """Reads one file at a time to at least one item."""
+    """Reads one file at a time to at least one item. Arguments: of ingest.read.read_file."""
 
-    def read(self, path: str, kind: str, modality: str, member: str = "") -> Iterator[Item]: ...
+    def read(
+        self, path: str, kind: str, modality: str, member: str = "", partner: str = ""
+    ) -> Iterator[Item]: ...
 
     def close(self) -> None: ...
 
@@ -48,8 +50,10 @@ class InlineReader:
     def __init__(self, rules: ReadRules) -> None:
         self._rules = rules
 
-    def read(self, path: str, kind: str, modality: str, member: str = "") -> Iterator[Item]:
-        return read_file(path, kind, modality, self._rules, member)
+    def read(
+        self, path: str, kind: str, modality: str, member: str = "", partner: str = ""
+    ) -> Iterator[Item]:
+        return read_file(path, kind, modality, self._rules, member, partner)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -69,9 +73,12 @@ class ProcessReader:
         self._child: subprocess.Popen[bytes] | None = None
         self._served = 0  # requests that this child got
 
-    def read(self, path: str, kind: str, modality: str, member: str = "") -> Iterator[Item]:
+    def read(
+        self, path: str, kind: str, modality: str, member: str = "", partner: str = ""
+    ) -> Iterator[Item]:
         """Items of the file; the last one is Refusal(CRASHED) where the child was lost."""
-        request = json.dumps({"path": path, "kind": kind, "modality": modality, "member": member}).encode()
+        fields = {"path": path, "kind": kind, "modality": modality, "member": member, "partner": partner}
+        request = json.dumps(fields).encode()
         finished = started = False
         try:
             while not finished:

@@ -31,9 +31,7 @@ def _serve(channel: int, request: dict[str, str], rules: ReadRules, seconds: flo
     pending: Item | None = None
     # The parent ends a late child; should the parent be gone, the alarm does.
     signal.alarm(2 * max(1, round(seconds)))
-    for item in read_file(
-        request["path"], request["kind"], request["modality"], rules, request.get("member", "")
-    ):
+    for item in read_file(rules=rules, **request):
         if pending is not None:
             _send(channel, pending, last=False)
         pending = item

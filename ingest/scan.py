@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 from ingest.archives import archive_kind
 from ingest.config import IngestConfig
-from ingest.discover import Entry, File, content_of, entries_of, identity_of
+from ingest.discover import Entry, File, entries_of, paired
+from ingest.identity import content_of, identity_of
 from ingest.sniff import read_head, sniff
 from ingest.tables import Listing, Listings
 from shards.errors import UserError
@@ -101,7 +102,7 @@ def _lost(file: File) -> Entry:
         return Entry(path, relative, source, 0, "other", identity, hint=reason, member=f"!{reason}")
     kind = sniff(head)
     identity = identity_of(relative, size, content_of(path, size, head, kind))
-    return Entry(path, relative, source, size, kind, identity, hint=reason)
+    return dataclasses.replace(paired(Entry(path, relative, source, size, kind, identity), head), hint=reason)
 
 
 class _LostError(Exception):

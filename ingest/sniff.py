@@ -40,7 +40,7 @@ def sniff(head: bytes) -> str:
         return "dicom"
     if head[:8] == b"\x89PNG\r\n\x1a\n" or head[:3] == b"\xff\xd8\xff" or head[:4] in _TIFF:
         return "raster"
-    if is_nifti(inflate_head(head)):
+    if _nifti_magic(inflate_head(head)):
         return "nifti"
     return "other"
 
@@ -50,9 +50,20 @@ def has_preamble(head: bytes) -> bool:
     return head[128:132] == b"DICM"
 
 
-def is_nifti(head: bytes) -> bool:
+def is_pair_header(head: bytes) -> bool:
+    """Whether a NIfTI header, gzipped or not, says that its voxels lie in another file."""
+    return _nifti_magic(inflate_head(head)).startswith(b"ni")
+
+
+def _nifti_magic(head: bytes) -> bytes:
     if len(head) < 348:
-        return False
+        return b""
+    for order in "<>":
+        size = struct.unpack_from(order + "i", head)[0]
+        if size in _NIFTI_HEADER:
+            offset, magics = _NIFTI_HEADER[size]
+            return next((magic for magic in magics if head[offset:].startswith(magic)), b"")
+    return b""
     for order in "<>":
         size = struct.unpack_from(order + "i", head)[0]
         if size in _NIFTI_HEADER:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ingest.config import IngestConfig
+from ingest.pairs import image_of
 from ingest.places import not_inputs
 from ingest.sources import objects
 from shards.errors import UserError
@@ -113,9 +114,15 @@ def _changed(path: str) -> float:
     if is_url(path):
         return 0.0  # an object appears whole
     try:
-        return os.stat(path).st_ctime  # noqa: PTH116 - one call a file of millions
+        return max(os.stat(path).st_ctime, _image_changed(path))  # noqa: PTH116 - one call a file of millions
     except OSError:
         return float("inf")  # gone again
+
+
+def _image_changed(path: str) -> float:
+    """Of the image file that the header of a NIfTI pair would have: the two are one input."""
+    image = image_of(path)
+    return os.stat(image).st_ctime if image else 0.0  # noqa: PTH116
 
 
 def _walk(config: IngestConfig) -> Iterator[tuple[str, str, str]]:

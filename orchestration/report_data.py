@@ -270,6 +270,7 @@ REASON_TEXT = {
     "label_map": "A label map, vector field or atlas, not an image.",
     "not_listed": "A picture without a row in the table.",
     "source_missing": "Was there when the work was planned, gone or changed when it was read.",
+    "partner_missing": "The header of a NIfTI pair without its image file beside it.",
     "unsafe_member": "A link, device or path in an archive that leads out of it.",
     "encrypted": "An archive member behind a password.",
     "nested_archive": "An archive inside an archive.",

@@ -49,6 +49,7 @@ class Reason(StrEnum):
     LABEL_MAP = "label_map"  # NIfTI label, vector or RGB intents; atlases
     NOT_LISTED = "not_listed"  # raster image without a row in the CSV
     SOURCE_MISSING = "source_missing"  # planned, but gone or changed when it was read
+    PARTNER_MISSING = "partner_missing"  # a NIfTI header whose image file is not beside it, or in an archive
     UNSAFE_MEMBER = "unsafe_member"  # of an archive: a name with .. or /, a link, a device
     ENCRYPTED = "encrypted"  # a member of an archive
     NESTED_ARCHIVE = "nested_archive"  # an archive in an archive

@@ -26,6 +26,7 @@ def source(tmp_path) -> Path:
     for number in range(3):
         write(root / "a" / f"m{number}", grey(seed=number, size=(200, 150)), number=number)
     nibabel.save(nibabel.Nifti1Image(grey("int16", 12, (90, 90, 80)), np.eye(4)), root / "v.nii")
+    nibabel.save(nibabel.Nifti1Pair(grey("int16", 12, (80, 90, 10)), np.eye(4)), root / "w.img")
     cv2.imwrite(str(root / "p.png"), grey("uint8", 8))
     cv2.imwrite(str(root / "unlisted.png"), grey("uint8", 8))
     (root / "images.csv").write_text("file,modality,patient\np.png,CR,P1\n")
@@ -89,10 +90,10 @@ class _Noting:
     def __init__(self, reader, seen) -> None:
         self.reader, self.seen = reader, seen
 
-    def read(self, path, kind, modality, member=""):
+    def read(self, path, kind, modality, member="", partner=""):
         self.seen.append((path, kind))
         assert not member
-        return self.reader.read(path, kind, modality)
+        return self.reader.read(path, kind, modality, partner=partner)
 
     def close(self) -> None:
         pass

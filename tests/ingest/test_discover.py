@@ -7,7 +7,8 @@ import zipfile
 import cv2
 import pytest
 
-from ingest.discover import content_of, inventory, unchanged
+from ingest.discover import inventory, unchanged
+from ingest.identity import content_of
 from shards.errors import UserError
 from tests.ingest.files import config, grey, write
 

@@ -109,8 +109,10 @@ class _WrittenTo:
     def __init__(self, settings, path: Path, data: bytes) -> None:
         self.reader, self.path, self.data = open_reader(settings), path, data
 
-    def read(self, path: str, kind: str, modality: str, member: str = "") -> Iterator[Item]:
-        yield from self.reader.read(path, kind, modality, member)
+    def read(
+        self, path: str, kind: str, modality: str, member: str = "", partner: str = ""
+    ) -> Iterator[Item]:
+        yield from self.reader.read(path, kind, modality, member, partner)
         self.path.write_bytes(self.data)
         os.utime(self.path, ns=(1, 1))  # whatever the resolution of the clock
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ingest import inventory as stored
 from ingest.config import load_config
-from ingest.discover import Entry, identity_of, told_apart
+from ingest.discover import Entry, told_apart
+from ingest.identity import identity_of
 from ingest.inventory import Inventory, forget_parts, input_id, tell_apart
 from ingest.plan import plan_units
 from ingest.planner import plan_stored

@@ -57,6 +57,7 @@ def folder(tmp_path) -> Path:
         write(root / "Mustermann^Eva" / f"m{number}", grey(seed=number, size=(200, 150)), number=number)
     write(root / "long", number=9, patient="P3", AdditionalPatientHistory="x" * 60_000)
     nibabel.save(nibabel.Nifti1Image(grey("int16", 12, (90, 90, 80)), np.eye(4)), root / "v.nii")
+    nibabel.save(nibabel.Nifti1Pair(grey("int16", 12, (80, 90, 10)), np.eye(4)), root / "w.img")
     cv2.imwrite(str(root / "p.png"), grey("uint8", 8))
     cv2.imwrite(str(root / "unlisted.png"), grey("uint8", 8))
     (root / "images.csv").write_text("file,modality,patient\np.png,CR,P1\n./gone.png,CR,P1\n")
@@ -94,7 +95,7 @@ def test_a_bucket_makes_the_dataset_of_its_local_copy(folder, url, tmp_path, san
     ingest(folder, tmp_path / "local")
     run(url, tmp_path / "remote", sandbox=sandbox)
     assert tree(tmp_path / "local") == tree(tmp_path / "remote")
-    assert catalog.load(tmp_path / "remote").num_rows == 88
+    assert catalog.load(tmp_path / "remote").num_rows == 98
     assert not list((tmp_path / "temporary").iterdir())
     held = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     assert not [name for name in held if "memfd:input" in name or str(tmp_path / "temporary") in name]

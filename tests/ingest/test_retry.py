@@ -33,11 +33,11 @@ class Without:
         self._reader = InlineReader(settings.rules())
         self._names = names
 
-    def read(self, path, kind, modality, member=""):
+    def read(self, path, kind, modality, *where, **copies):
         if path.endswith(self._names):
             yield Refusal(Reason.CRASHED)
         else:
-            yield from self._reader.read(path, kind, modality, member)
+            yield from self._reader.read(path, kind, modality, *where, **copies)
 
     def close(self) -> None:
         self._reader.close()
@@ -50,8 +50,8 @@ class Torn:
         self._reader = InlineReader(settings.rules())
         self._broken = broken
 
-    def read(self, path, kind, modality, member=""):
-        for item in self._reader.read(path, kind, modality, member):
+    def read(self, path, kind, modality, *where, **copies):
+        for item in self._reader.read(path, kind, modality, *where, **copies):
             index = item.index if isinstance(item, Frame) else item.frame
             torn = (Path(path).name, index) in self._broken
             yield Refusal(Reason.DECODE_FAILED, index, item.modality) if torn else item
