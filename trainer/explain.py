@@ -15,6 +15,7 @@ from shards import catalog
 from shards.errors import UserError
 from trainer.augment import crops
 from trainer.config import CropConfig, TrainConfig, check_world, few_samples_warning
+from trainer.labels import LabelSet, label_sets
 from trainer.preset_files import preset_about
 from trainer.sampling import draws_taken, sampling_weights
 
@@ -67,7 +68,9 @@ def explain(config: TrainConfig, world: int, preset: str) -> dict[str, Any]:
     known = look_at_data(config, preset)
     from trainer.explain_model import measure_model  # torch, which takes seconds: after what can be refused
 
-    model = measure_model(config)
+    labels = label_sets(config) if config.data.dataset else ()
+    model = measure_model(config, labels)
+    flop = model.flop_per_sample(config.optim.accumulation)
     samples = config.max_steps * config.data.batch_size
     queue = _queue(config, world)
     return {
@@ -83,14 +86,15 @@ def explain(config: TrainConfig, world: int, preset: str) -> dict[str, Any]:
         "learning_rate": _learning_rate(config),
         "data": {"dataset": config.data.dataset or None, "images_from": known.source},
         "modalities": _modalities(config, known),
+        "labels": _labels(config, labels),
         "prototypes": _prototypes(config, known),
         "queue": queue,
         "crops": _crops(config, known),
         "compute": {
             "parameters": model.parameters,
-            "gflop_per_sample": model.flop_per_sample / 1e9,
-            "gflop_per_step": model.flop_per_sample * config.data.batch_size / 1e9,
-            "gflop_per_step_and_rank": model.flop_per_sample * config.data.batch_size / world / 1e9,
+            "gflop_per_sample": flop / 1e9,
+            "gflop_per_step": flop * config.data.batch_size / 1e9,
+            "gflop_per_step_and_rank": flop * config.data.batch_size / world / 1e9,
         },
         "bytes": {
             "batch": batch_bytes(config),
@@ -123,6 +127,7 @@ def _batch(config: TrainConfig, world: int, known: Known) -> dict[str, Any]:
         "global": data.batch_size,
         "ranks": world,
         "per_rank": data.batch_size // world,
+        "micro_batches": config.optim.accumulation,
         "sampling": data.sampling,
     }
     if weights is not None:
@@ -157,6 +162,21 @@ def _modalities(config: TrainConfig, known: Known) -> dict[str, Any]:
             "passes": None if n is None or m not in known.images else n / known.images[m],
         }
         for m, n in zip(config.data.modalities, drawn, strict=True)
+    }
+
+
+def _labels(config: TrainConfig, known: Sequence[LabelSet]) -> dict[str, Any]:
+    """The label tables of the hybrid loss, and their classes where there is a dataset."""
+    classes = {one.name: list(one.classes) for one in known}
+    return {
+        one.name: {
+            "kind": one.kind,
+            "alpha": config.supervision.alpha,
+            "beta": one.beta,
+            "modalities": list(one.modalities or config.data.modalities),
+            "classes": classes.get(one.name),
+        }
+        for one in config.supervision.labels
     }
 
 

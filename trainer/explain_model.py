@@ -1,5 +1,6 @@
 """What a network costs: parameters, operations, bytes of a checkpoint, counted without any contents."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -9,41 +10,50 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.build import build_model
 from trainer.config import OWN_BACKBONES, ModelConfig, TrainConfig
+from trainer.labels import LabelSet
 
 _IMAGES = 2  # of each group: batch norm needs more than one
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """parameters: by part. flop_per_sample: of all crops of an image, forward and backward; a product and its
-    sum are two. checkpoint_bytes: weights, buffers and optimizer, without the queue."""
+    """parameters: by part. forward, backward: operations for all crops of an image; a product and its sum
+    are two. checkpoint_bytes: weights, buffers and optimizer, without the queue."""
 
     parameters: dict[str, int]
-    flop_per_sample: float
+    forward: float
+    backward: float
     checkpoint_bytes: int
 
+    def flop_per_sample(self, micro_batches: int = 1) -> float:
+        """The codes need the scores of all micro-batches first: all but one go forward twice."""
+        return self.forward * (2 - 1 / micro_batches) + self.backward
 
-def measure_model(config: TrainConfig) -> ModelCost:
+
+def measure_model(config: TrainConfig, labels: Sequence[LabelSet] = ()) -> ModelCost:
     """Our backbones are never allocated nor run; others are, on two images of each group."""
     ours = config.model.backbone in OWN_BACKBONES
     # Synchronised batch norm costs the same, and runs on GPUs only.
     alone = config.model.model_copy(update={"sync_batchnorm": ModelConfig().sync_batchnorm})
     config = config.model_copy(update={"model": alone})
     with torch.random.fork_rng(devices=[]), FakeTensorMode() if ours else nullcontext():
-        model = build_model(config)
+        model = build_model(config, labels)
         images = _IMAGES * len(model.groups)
         crops = [
             torch.zeros(c.count, images, config.model.in_channels, c.size, c.size) for c in config.views.crops
         ]
         with FlopCounterMode(display=False) as counter:
             out = model(crops)
-            torch.stack([t.sum() for t in (out.features, *out.scores)]).sum().backward()
+            forward = counter.get_total_flops()
+            parts = (out.features, *out.scores, *out.logits.values())
+            torch.stack([t.sum() for t in parts]).sum().backward()
     counted = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     parameters = {name: count for name, count in counted.items() if count}
     state = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     moments = 2 if config.optim.optimizer == "adamw" else 1
     return ModelCost(
         parameters,
-        counter.get_total_flops() / images,
+        forward / images,
+        (counter.get_total_flops() - forward) / images,
         state + 4 * moments * sum(parameters.values()),
     )

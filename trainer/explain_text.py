@@ -19,7 +19,18 @@ def explained(config: TrainConfig, world: int, preset: str, *, as_json: bool) ->
 def render(found: Mapping[str, Any]) -> str:
     """The values of `trainer.explain.explain`, a line or a few each."""
     lines = [f"{found['preset']}, {found['method']}, on {found['batch']['ranks']} ranks; nothing is started"]
-    parts = (_batch, _horizon, _learning_rate, _passes, _prototypes, _queue, _crops, _network, _bytes)
+    parts = (
+        _batch,
+        _horizon,
+        _learning_rate,
+        _passes,
+        _labels,
+        _prototypes,
+        _queue,
+        _crops,
+        _network,
+        _bytes,
+    )
     for part in parts:
         for name, text in part(found):
             lines.append(f"{name:{_NAME}}{text}")
@@ -35,6 +46,9 @@ def render(found: Mapping[str, Any]) -> str:
 def _batch(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     batch = found["batch"]
     yield "batch", f"{batch['global']:,} images of all ranks, {batch['per_rank']:,} of a rank"
+    if batch["micro_batches"] > 1:
+        parts = batch["micro_batches"]
+        yield "", f"in {parts} micro-batches of {batch['per_rank'] // parts:,}, one Sinkhorn over all of them"
     if "per_modality" not in batch:
         yield "", f"sampling {batch['sampling']}: shares depend on a dataset, data.dataset=FOLDER"
         return
@@ -70,6 +84,16 @@ def _passes(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         passes = "?" if m["passes"] is None else _number(m["passes"])
         drawn = "?" if m["drawn"] is None else f"{m['drawn']:,}"
         yield "", f"{name}: {there} images, {drawn} drawn, {passes} passes"
+
+
+def _labels(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, one in found["labels"].items():
+        classes = "?" if one["classes"] is None else len(one["classes"])
+        yield (
+            "labels",
+            f"{name}: {classes} classes, kind {one['kind']}, for {', '.join(one['modalities'])}; alpha "
+            f"{one['alpha']:g}, beta {one['beta']:g}",
+        )
 
 
 def _prototypes(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

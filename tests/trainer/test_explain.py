@@ -5,15 +5,18 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from orchestration.cli import main
+from shards import catalog
 from shards.errors import UserError
+from shards.store import Store
 from tests.batches import make
 from tests.trainer.fake import FINGERPRINT, FakeBatches, tiny
 from trainer.__main__ import main as trainer_main
 from trainer.augment.crops import DRAWS_PER_CROP, place
-from trainer.batches import BatchMaker, fit_bands
+from trainer.batches import BatchMaker, fit_bands, open_modality
 from trainer.checkpoint import flat_settings
 from trainer.config import CropConfig, TrainConfig, load_config
 from trainer.explain import explain, open_points
@@ -62,7 +65,7 @@ def test_table_one_on_four_modalities_and_eight_ranks():
 )
 def test_operations_and_parameters_are_those_of_the_literature(backbone, gflop, parameters):
     cost = measure_model(load_config("paper_2d_xray", [f"model.backbone={backbone}"]))
-    assert cost.flop_per_sample / 1e9 == pytest.approx(gflop, rel=0.015)
+    assert cost.flop_per_sample() / 1e9 == pytest.approx(gflop, rel=0.015)
     assert cost.parameters["backbone"] / 1e6 == pytest.approx(parameters, abs=0.05)
 
 
@@ -132,6 +135,23 @@ def test_what_cannot_go_well_is_said():
         "the prototypes stay frozen for the whole run",
         "the queue is never used",
     ]
+
+
+def test_micro_batches_go_forward_twice_but_for_one_and_labels_have_heads(root):
+    plain = explain(make.config(root, batch_size=24), 1, "demo")
+    keys = open_modality(make.config(root).data, "ct").table["key"]
+    labels = pa.table({"key": keys, "label": ["ill", "well"] * 5 + ["ill"]})
+    catalog.write_labels(Store(Path(root)), "findings", labels)
+    tree = make.config(root, batch_size=24).model_dump()
+    tree["optim"]["accumulation"] = 4
+    tree["supervision"] = {"labels": [{"name": "findings", "beta": 0.5, "modalities": ["ct"]}]}
+    found = explain(TrainConfig.model_validate(tree), 1, "demo")
+    ratio = found["compute"]["gflop_per_sample"] / plain["compute"]["gflop_per_sample"]
+    assert ratio == pytest.approx(1 + 0.75 / 3, abs=0.01)  # a forward is a third of the work
+    assert found["compute"]["parameters"]["label_heads"] == 2 * (2048 + 1)
+    text = render(found)
+    assert "in 4 micro-batches of 6, one Sinkhorn over all of them" in text
+    assert "labels          findings: 2 classes, kind classes, for ct; alpha 1, beta 0.5" in text
 
 
 @pytest.mark.parametrize(
