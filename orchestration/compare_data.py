@@ -77,7 +77,7 @@ def ingest_config(plan: Plan, data: Path, out: Path) -> "IngestConfig":
             "sources": [str((data / name).parent.absolute()) for name in plan.tables],
             "output": str(out / "dataset"),
             "key_file": str(out / "key"),
-            "tables": [{"path": str(folder / "images.csv"), "split_column": "split", "label_column": None}],
+            "tables": [{"path": str(folder / "images.csv"), "split_column": "split"}],
             "labels": [{"path": str(folder / f"{t.name}.csv"), "name": t.name} for t in plan.tasks],
             "allow_burned_in": True,  # the pictures of a public set: nothing leaves OUT
         }
