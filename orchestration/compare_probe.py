@@ -64,7 +64,7 @@ def features_of(spec: Mapping[str, Any], config: TrainConfig, modality: str) -> 
     elif spec["kind"] == "random":
         features = extract(random_encoder(encoder_info(config, 0, ""), config.seed), images)
     else:
-        features = extract(load_encoder(Path(spec["encoder"]))[0], images)
+        features = extract(load_encoder(Path(spec["encoder"]), config.model.backbone)[0], images)
     patients = np.array(table["patient"].to_pylist(), np.str_)
     return keys, patients, np.array(table["split"].to_pylist(), np.str_), features
 

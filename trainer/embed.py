@@ -128,6 +128,9 @@ def on_device(network: nn.Module, name: str) -> Iterator[Callable[[NDArray[np.fl
     kernels. name: cpu, cuda or auto. Raises UserError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU can be used here: leave --device away, or use --device cpu")
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # fixed kernels on a GPU; read at its first use
     device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
     before = torch.are_deterministic_algorithms_enabled()
     network.eval().to(device)

@@ -45,15 +45,23 @@ class InitialWeights:
 
     def lines(self) -> list[str]:
         """For people: what was loaded, and what not and why."""
+        said = [f"initial weights: {len(self.loaded)} tensors from {self.source}", *self.problems()]
+        if self.not_in_file or self.other_shape:
+            said.append("what is not loaded stays at its random start")
+        if self.classifier:
+            said.append(f"the classifier of the source is cut off: {_names(self.classifier)}")
+        if self.summed:
+            said.append(f"summed over three channels: {_names(self.summed)}")
+        return said
+
+    def problems(self) -> list[str]:
+        """What does not fit, and why."""
         left = {
-            "the classifier of the source, cut off": self.classifier,
             "in the source, not in the encoder": self.not_in_encoder,
-            "not in the source, left at their random start": self.not_in_file,
-            "of another shape, left at their random start": self.other_shape,
-            "summed over three channels": self.summed,
+            "in the encoder, not in the source": self.not_in_file,
+            "of another shape": self.other_shape,
         }
-        said = [f"{why}: {_names(names)}" for why, names in left.items() if names]
-        return [f"initial weights: {len(self.loaded)} tensors from {self.source}", *said]
+        return [f"{why}: {_names(names)}" for why, names in left.items() if names]
 
 
 def check_model(config: TrainConfig) -> list[str]:
@@ -80,10 +88,9 @@ def load_initial(encoder: nn.Module, model: ModelConfig) -> InitialWeights | Non
     source, _, name = model.init_weights.rpartition("/")
     shown = name if source else model.init_weights
     fitted, found = fit(tensors, encoder.state_dict(), shown, classes)
-    problems = found.not_in_encoder + found.not_in_file + found.other_shape
-    if problems and not model.init_partial:
+    if found.problems() and not model.init_partial:
         raise UserError(
-            f"model.init_weights does not fit {model.backbone}: {'; '.join(found.lines()[1:])}. "
+            f"model.init_weights does not fit {model.backbone}: {'; '.join(found.problems())}. "
             "model.init_partial=true loads what fits; model.init_prefix names what stands before the names"
         )
     if not found.loaded:
