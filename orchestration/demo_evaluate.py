@@ -100,19 +100,17 @@ def prototype_use(dataset: Path, run_dir: Path) -> dict[str, list[int]]:
     from torch.nn.functional import normalize
 
     from trainer.batches import eval_images
-    from trainer.build import build_model
+    from trainer.build import restored
     from trainer.checkpoint import newest
-    from trainer.config import SHARED, TrainConfig
+    from trainer.config import SHARED
     from trainer.swav.model import MultiModalSwav
 
     found = newest(run_dir)
     if found is None:
         return {}
-    config = TrainConfig.model_validate(found.state["config"])
-    model = build_model(config)
+    config, model = restored(found.state, found.part("model"))
     if not isinstance(model, MultiModalSwav):
         return {}
-    model.load_state_dict(found.part("model"))
     model.eval()
     split = None if config.data.split == "all" else config.data.split
     size, channels = config.views.whole_image_size, config.model.in_channels

@@ -1,12 +1,13 @@
 """The network of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shards.errors import UserError
 from trainer.config import TrainConfig
-from trainer.labels import LabelSet
+from trainer.labels import LabelSet, from_json
 from trainer.models.embedder import Embedder
 from trainer.models.encoders import feature_dim
 from trainer.swav.model import MultiModalSwav
@@ -26,3 +27,11 @@ def build_model(config: TrainConfig, labels: Sequence[LabelSet] = ()) -> Embedde
             raise UserError(f"labels called {one.name!r} cannot be trained on: store them under another name")
         model.label_heads[one.name] = nn.Linear(feature_dim(model.backbone), len(one.classes))
     return model
+
+
+def restored(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[TrainConfig, Embedder]:
+    """Configuration and network of a checkpoint, from its `state` and its part `model`. Raises UserError."""
+    config = TrainConfig.model_validate(state["config"])
+    model = build_model(config, from_json(state.get("labels", [])))
+    model.load_state_dict(dict(tensors))
+    return config, model

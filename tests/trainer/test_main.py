@@ -8,10 +8,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 
+from orchestration.demo_evaluate import prototype_use
 from orchestration.pretrain_job import pretrain
+from shards import catalog
 from shards.commit import commit_unit
 from shards.dataset import open_or_create
 from shards.errors import UserError
@@ -24,6 +27,7 @@ from trainer.__main__ import main
 from trainer.batches import BatchMaker, open_modality
 from trainer.config import TrainConfig, load_config
 from trainer.export import load_encoder
+from trainer.export_heads import load_heads
 from trainer.prepare import bands_digest, dataset_fingerprint, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +94,22 @@ def test_sigterm_saves_and_exits_130_and_the_same_command_goes_on_exactly(preset
     assert main([*command(preset, tmp_path / "straight", *more)[3:], "--workers", "0"]) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert len(losses(tmp_path / "run")) == 40
+
+
+def test_labels_of_the_dataset_train_heads_and_a_changed_table_is_refused(preset, dataset, tmp_path, capsys):
+    keys = catalog.load(dataset, columns=["key"])["key"].to_pylist()
+    table = pa.table({"key": keys[1:], "label": [f"c{i % 2}" for i in range(len(keys) - 1)]})
+    catalog.write_labels(Store(dataset), "finding", table)
+    more = ["--set", "supervision.labels=[{name: finding}]", "--set", "swav.groups=shared"]
+    arguments = [*command(preset, tmp_path)[3:], "--workers", "1", "--set", "max_steps=4", *more]
+    assert main(arguments) == 0
+    assert load_heads(tmp_path / "heads.safetensors")["finding"].classes == ("c0", "c1")
+    assert losses(tmp_path)
+    use = prototype_use(dataset, tmp_path)  # the checkpoint of a run with labels, and one group for all
+    assert {m: sum(counts) for m, counts in use.items()} == {"ct": 12, "xr": 12}
+    catalog.write_labels(Store(dataset), "finding", table.slice(1))
+    assert main(arguments) == 2
+    assert "the labels 'finding' are not those that the run began with" in capsys.readouterr().err
 
 
 def test_a_finished_run_has_an_encoder_and_says_that_nothing_is_left_to_do(preset, tmp_path, capsys):
