@@ -203,7 +203,11 @@ class _Running:
                 self._job.config_file.with_suffix(".json"), json.dumps(_spec(self._job)).encode()
             )
         return subprocess.Popen(
-            command, stdout=self._log, stderr=subprocess.STDOUT, env={**os.environ, **_ONE_THREAD}
+            command,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **_ONE_THREAD},
+            start_new_session=True,  # Ctrl-C reaches it once, through us; Linux shares cores by session
         )
 
     def ended(self) -> bool:
