@@ -92,7 +92,14 @@ def test_bench_augment_measures_views_and_bands() -> None:
 
 def test_bench_step_measures_the_step_and_the_sinkhorn() -> None:
     names = [item.name for item in check(bench_step.measure(0.01, nets=(), sinkhorns={"tiny": (2, 8, 16)}))]
-    assert names == ["sinkhorn_tiny_1_rank", "sinkhorn_demo_2_ranks"]
+    assert names == ["sinkhorn_tiny_1_rank", "sinkhorn_demo_2_ranks", "step_resnet-tiny_2_ranks"]
+
+
+def test_the_step_that_ours_is_compared_with_has_the_same_losses() -> None:
+    sides = bench_step._sides(bench_step._config("resnet-tiny"))
+    for step in range(3):
+        losses = {name: float(take()) for name, take in sides.items()}
+        assert losses["ours"] == pytest.approx(losses["reference"], rel=1e-5 * 10**step), step
 
 
 def test_bench_ingest_measures_rates_per_core_and_memory() -> None:
