@@ -12,12 +12,15 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from shards.errors import UserError
 from shards.store import clear_errors
+
+if TYPE_CHECKING:
+    from trainer.alarms import Watch
 
 Kind = Literal["counter", "gauge", "histogram"]
 TARGETS_FILE = "metrics-targets.json"
@@ -86,6 +89,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("medswav_train_queue_fill_ratio", "gauge", "share of the queue that is filled", ("modality",)),
     Metric("medswav_train_queue_age_steps", "gauge", "mean age of the queue's entries", ("modality",)),
     Metric("medswav_train_queue_oldest_steps", "gauge", "age of the queue's oldest entry", ("modality",)),
+    Metric(
+        "medswav_train_alarm",
+        "gauge",
+        "1 while this sign of a run that goes wrong is there (trainer.alarms)",
+        ("modality", "sign"),
+    ),
     Metric("medswav_train_learning_rate", "gauge", "learning rate of the step"),
     Metric("medswav_train_data_wait_ratio", "gauge", "share of the step time spent waiting for data"),
     Metric("medswav_train_gpu_memory_bytes", "gauge", "peak memory that torch allocated on the GPU, rank 0"),
@@ -182,6 +191,17 @@ def observe_step(metrics: Metrics, step: Mapping[str, float]) -> None:
             metrics.observe("medswav_loader_stage_seconds", value, stage=name)
         elif kind == "loader" and name == "depth":
             metrics.set("medswav_loader_queue_depth", value)
+
+
+def observe_alarms(metrics: Metrics, watch: "Watch") -> None:
+    """Every sign of every modality, so that what is over reads 0."""
+    from trainer.alarms import SIGNS
+
+    active = {(alarm.modality, alarm.sign) for alarm in watch.active}
+    for modality in watch.config.groups:
+        for sign in SIGNS:
+            there = float((modality, sign) in active)
+            metrics.set("medswav_train_alarm", there, modality=modality, sign=sign)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestration.cluster import OBJECT_STORE_BYTES, THREAD_ENV, JobFailedError, StopFlag, connected
 from orchestration.feed import DEPTH, object_store_bytes, rank_resources
-from orchestration.metrics import Metrics, endpoint, observe_step
+from orchestration.metrics import Metrics, endpoint, observe_alarms, observe_step
 from orchestration.pretrain_rank import Control, ControlState, RankSettings, run_rank
 from orchestration.progress import Progress
 from shards.errors import UserError
@@ -218,6 +218,9 @@ class _Job:
     ) -> None:
         self._config, self._run_dir, self._metrics, self._stop = config, run_dir, metrics, stop
         self._max_failures, self._say, self._stream = max_failures, say, stream
+        from trainer.alarms import watch_of
+
+        self._watch = watch_of(run_dir, config)  # reads along: what rank 0 writes to alarms.jsonl
         self._began = False  # a rank has asked for a batch
         self._restarts = 0
         self._fruitless, self._saved = 0, 0  # failures since the newest checkpoint, and its step
@@ -317,6 +320,9 @@ class _Job:
                 progress.restart(start)
         for step in state.steps:
             observe_step(self._metrics, step)
+            for event in self._watch.add(step):
+                self._say(f"pretrain: {event.text()}")
+            observe_alarms(self._metrics, self._watch)
             self._last = step
         if state.steps:
             progress.update(int(self._last["step"]) + 1, _note(self._last))

@@ -235,7 +235,14 @@ def _learned(data: ReportData) -> str:
         f"Loss over {curve.steps[-1]:,} steps. A network that tells nothing apart stays at ln K, the dashed "
         "line; every modality has prototypes of its own and so a curve of its own."
     )
-    return _section("learned", title, lead, loss_chart(curve))
+    return _section("learned", title, lead, loss_chart(curve) + _alarms(data))
+
+
+def _alarms(data: ReportData) -> str:
+    if not data.alarms:
+        return '<p class="caption">No alarm: the diagnostics of the training show no sign of a collapse.</p>'
+    lines = "".join(f"<p>{escape(text[0].upper() + text[1:])}.</p>" for text in data.alarms)
+    return f'<div class="notice">{lines}</div>'
 
 
 def _prototypes(data: ReportData) -> str:

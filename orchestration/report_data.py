@@ -115,6 +115,7 @@ class ReportData:
     samples: tuple[Samples, ...] = ()
     views: tuple[Views, ...] = ()
     curve: Curve | None = None
+    alarms: tuple[str, ...] = ()  # of the training, one sentence each, in their order
     prototypes: tuple[PrototypeUse, ...] = ()
     scores: tuple[Score, ...] = ()
     probe_skipped: str | None = None

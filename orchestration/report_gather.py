@@ -29,7 +29,7 @@ from shards.dataset import read_info
 from shards.objects import open_store
 from shards.retries import input_count
 from shards.tar import ShardReader
-from trainer import journal
+from trainer import alarms, journal
 from trainer.augment.bands import load_statistics
 from trainer.augment.intensity import to_unit
 from trainer.batches import BatchMaker
@@ -56,6 +56,7 @@ def gather(dataset: Path, run_dir: Path, results: Mapping[str, Any], about: Mapp
         samples=tuple(_samples(dataset, config)),
         views=views(dataset, run_dir, config),
         curve=curve(run_dir, config),
+        alarms=alarm_texts(run_dir),
         prototypes=tuple(PrototypeUse.of(m, c) for m, c in results.get("prototypes", {}).items()),
         scores=scores(results),
         probe_skipped=skipped_text(results),
@@ -166,6 +167,12 @@ def curve(run_dir: Path, config: TrainConfig) -> Curve | None:
         math.log(config.swav.prototypes),
         config.max_steps,
     )
+
+
+def alarm_texts(run_dir: Path) -> tuple[str, ...]:
+    """What alarms.jsonl holds, in words."""
+    rows = journal.read(alarms.alarms_path(run_dir))
+    return tuple(alarms.event_of(row).text() for row in rows)
 
 
 def scores(results: Mapping[str, Any]) -> tuple[Score, ...]:

@@ -38,7 +38,15 @@ TENSORS, STATE, MANIFEST, LATEST = "state.safetensors", "state.json", "manifest.
 _NAME = re.compile(r"step-(\d{8,})$")
 # What may change between two attempts of one run: none of it changes a sample (threads may move the last
 # bits of a loss). The dataset may move to another folder: what it holds is held to its fingerprint.
-FREE_SETTINGS = ("threads", "log_every_steps", "checkpoint.", "data.dataset", "data.cache_bytes")
+FREE_SETTINGS = (
+    "threads",
+    "log_every_steps",
+    "checkpoint.",
+    "online.",
+    "trackers",
+    "data.dataset",
+    "data.cache_bytes",
+)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,15 @@ class OptimConfig(Strict):
     larc_eps: float = 1e-8
 
 
+class OnlineConfig(Strict):
+    """Evaluation during training, off without labels: kNN and a linear probe on whole images. See
+    trainer.online."""
+
+    labels: tuple[str, ...] = ()  # names of `ingest label`; each modality is labelled by one of them at most
+    every_steps: int = Field(default=500, gt=0)  # a multiple of log_every_steps
+    images: int = Field(default=512, gt=1)  # at most, of a modality: to fit on, and as many to evaluate on
+
+
 class CheckpointConfig(Strict):
     every_steps: int = Field(default=1000, gt=0)
     keep: int = Field(default=3, gt=0)
@@ -129,6 +138,8 @@ class TrainConfig(Strict):
     supervision: SupervisionConfig = SupervisionConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    online: OnlineConfig = OnlineConfig()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # beside metrics.jsonl, on rank 0
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -171,6 +182,11 @@ class TrainConfig(Strict):
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is more than max_steps={self.max_steps}: "
                 "the learning rate would never be reached"
+            )
+        if self.online.labels and self.online.every_steps % self.log_every_steps:
+            raise ValueError(
+                f"online.every_steps={self.online.every_steps} is no multiple of "
+                f"log_every_steps={self.log_every_steps}: what is found is written with a logged step"
             )
         return self
 

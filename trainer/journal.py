@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer import files
 
@@ -15,7 +16,7 @@ def journal_path(run_dir: Path) -> Path:
     return run_dir / "metrics.jsonl"
 
 
-def read(path: Path) -> list[dict[str, float]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """All complete lines; a last line that a crash cut off is left out."""
     if not path.is_file():
         return []
@@ -36,12 +37,15 @@ def truncate(path: Path, step: int) -> None:
         files.replace_file(path, _lines(kept).encode())
 
 
-def append(path: Path, rows: Iterable[Mapping[str, float]]) -> None:
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with files.disk_full_is_clear("writing metrics"), path.open("a") as file:
         file.write(_lines(rows))
 
 
-def _lines(rows: Iterable[Mapping[str, float]]) -> str:
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """JSON has no nan: a diagnostic that is not finite becomes null."""
-    clean = ({n: v if math.isfinite(v) else None for n, v in row.items()} for row in rows)
-    return "".join(json.dumps(row) + "\n" for row in clean)
+    return "".join(json.dumps({n: _clean(v) for n, v in row.items()}) + "\n" for row in rows)
+
+
+def _clean(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

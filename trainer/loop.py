@@ -9,7 +9,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from trainer import attempts, checkpoint, files, journal
+from trainer import alarms, attempts, checkpoint, files, journal
 from trainer.attempts import Attempt
 from trainer.build import build_model
 from trainer.config import TrainConfig, check_device, check_world, few_samples_warning
@@ -35,6 +35,7 @@ from trainer.precision import Precision, build_precision
 from trainer.step import is_logged, train_step, unwrap
 from trainer.swav.diagnostics import PrototypeUse, queue_diagnostics
 from trainer.swav.queue import FeatureQueue, build_queue
+from trainer.trackers import check_trackers
 
 if TYPE_CHECKING:
     from trainer.batches import Batch
@@ -100,21 +101,24 @@ def train(
     world > 1 torch.distributed is initialised. on_metrics is called on every rank, on logged steps, with
     floats (`samples`: global images since the last call; seconds: means per step since then). When
     should_stop() is true on any rank, all ranks stop after the same step, with a checkpoint. Rank 0 writes
-    metrics.jsonl, checkpoints/ and, at the end, encoder.safetensors. bands_digest: of the band statistics
-    that the batches are made with; labels: those of supervision.labels; one run keeps to them. Raises
-    UserError for a run folder of another run and when another attempt has begun, NotFiniteError.
+    metrics.jsonl, alarms.jsonl (where there are any), checkpoints/ and, at the end, encoder.safetensors.
+    bands_digest: of the band statistics that the batches are made with; labels: those of supervision.labels;
+    one run keeps to them. Raises UserError for a run folder of another run and when another attempt has
+    begun, NotFiniteError.
     """
     check_world(config, world)
     check_device(config, world, torch.device(device).type)
+    check_trackers(config.trackers)
     if [one.name for one in labels] != [one.name for one in config.supervision.labels]:
         raise ValueError("labels are not those of supervision.labels")
     device = torch.device(device)
     run = Run(config, Path(run_dir), dataset_fingerprint, rank, world, device, bands_digest, tuple(labels))
-    with fixed_compute(run):
+    with fixed_compute(run), ExitStack() as stack:
         state = build_state(run)
         start, attempt = resume(run, state)
         step = start
-        meter = Meter(config, attempt, rank, world, run.device, on_metrics)
+        meter = Meter(config, attempt, rank, world, run.device, on_metrics, start)
+        stack.callback(meter.close)
         stopping = False
         while step < config.max_steps and not stopping:
             with meter.waiting():
@@ -195,6 +199,8 @@ def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
         if step < run.config.max_steps and (warning := few_samples_warning(run.config)):
             log.warning("%s", warning)
         journal.truncate(journal.journal_path(run.folder), step)
+        if alarms.alarms_path(run.folder).is_file():
+            journal.truncate(alarms.alarms_path(run.folder), step)
         return {"step": step, "attempt": attempt.number}
 
     answer = from_rank_zero(decide, rank=run.rank, world=run.world, device=run.device)

@@ -1,5 +1,6 @@
 """Metrics of a run: settled among the ranks, written to metrics.jsonl, handed to the caller."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import checkpoint, journal
+from trainer import alarms, checkpoint, journal, trackers
 from trainer.attempts import Attempt
 from trainer.config import TrainConfig
 from trainer.distributed import mean_and_any
 from trainer.step import is_logged
 
+log = logging.getLogger(__name__)
 OnMetrics = Callable[[dict[str, float]], None]
 
 
@@ -38,12 +40,18 @@ class Meter:
         world: int,
         device: torch.device,
         on_metrics: OnMetrics | None,
+        start: int = 0,
     ) -> None:
+        """start: the first step of this attempt; metrics.jsonl ends before it."""
         self.losses: list[float] = []
         self._config, self._attempt, self._rank, self._world = config, attempt, rank, world
         self._run_dir = attempt.run_dir
         self._device, self._on_metrics = device, on_metrics
         self._pending: list[tuple[int, dict[str, Any]]] = []
+        # Rank 0 alone writes anything.
+        self._watch = alarms.watch_of(self._run_dir, config) if rank == 0 else alarms.Watch(config)
+        works = rank == 0 and start < config.max_steps
+        self._trackers = trackers.open_trackers(config, self._run_dir, start) if works else []
         self._wait_seconds, self._since, self._steps = 0.0, time.perf_counter(), 0
 
     @contextmanager
@@ -86,6 +94,11 @@ class Meter:
         if self._rank == 0:
             self._attempt.check()
             journal.append(journal.journal_path(self._run_dir), rows)
+            events = [event for row in rows for event in self._watch.add(row)]
+            for event in events:
+                log.warning("%s", event.text())
+            if events:
+                journal.append(alarms.alarms_path(self._run_dir), [event.row() for event in events])
 
     def _report(self, row: dict[str, float]) -> None:
         now = time.perf_counter()
@@ -98,6 +111,12 @@ class Meter:
         self._since, self._wait_seconds, self._steps = now, 0.0, 0
         if self._on_metrics is not None:
             self._on_metrics({**row, **timing})
+        for tracker in self._trackers:
+            tracker.log(int(row["step"]), {**row, **timing})
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _on_host(steps: Sequence[dict[str, Any]]) -> list[dict[str, float]]:

@@ -42,7 +42,7 @@ def test_names_follow_the_convention():
 
 
 def test_labels_come_from_closed_sets_only():
-    allowed = {"modality", "stage", "reason", "outcome", "direction", "version"}
+    allowed = {"modality", "stage", "reason", "outcome", "direction", "version", "sign"}
     assert {label for metric in METRICS for label in metric.labels} <= allowed
 
 

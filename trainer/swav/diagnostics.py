@@ -5,7 +5,6 @@ only.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -151,15 +150,3 @@ class PrototypeUse:
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str) -> None:
         """Empty for a checkpoint of a version without it: the mean begins anew."""
         self._state = {name: value.to(device) for name, value in state.items()}
-
-
-def collapse_signs(values: Mapping[str, float], prototypes: int) -> list[str]:
-    """Which diagnostics of one modality say that features have collapsed; empty for a healthy run."""
-    signs = []
-    if values["feature_std"] < 0.05:
-        signs.append("feature_std: all features are one point")
-    if values["effective_rank"] < 1.5:
-        signs.append("effective_rank: all features lie on one line")
-    if values["target_perplexity"] > 0.95 * prototypes:
-        signs.append("target_perplexity: codes are uniform")
-    return signs
