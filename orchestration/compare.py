@@ -125,12 +125,14 @@ def compare(
     listed = jobs_of(plan, out, judge)
     with StopFlag() as stop:
         failed = run_jobs([job for job in listed if job.judged() is None], jobs, stop, stream)
-        if stop:
-            return 130
+        stopped = bool(stop)
     rows = [row for job in listed for row in job.judged() or []]
     print(write_results(plan, listed, rows, out, judge))
     for name in failed:
         print(f"failed: {name}; its last lines are in {out / 'runs' / name}.log", file=stream or sys.stderr)
+    if stopped:
+        print("stopped: the same command goes on; the tables are of what is done", file=stream or sys.stderr)
+        return 130
     return 1 if failed else 0
 
 
@@ -267,7 +269,7 @@ def write_results(
     for fraction in plan.fractions:
         on = "test" if judge == "test" else "cross-validation over the patients of train and val"
         lines += [f"AUC on {on}, {fraction:.0%} of the labels; mean (range) of {len(plan.seeds)} seeds", ""]
-        lines += [markdown(summary, arms, fraction), ""]
+        lines += [markdown(summary, arms, fraction, len(plan.seeds)), ""]
     lines += [f"{name}: {text}" for name, text in trained.items()]
     text = "\n".join(lines)
     files.replace_file(out / f"results{suffix}.md", (text + "\n").encode())

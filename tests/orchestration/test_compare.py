@@ -33,7 +33,6 @@ tasks:
   - {name: mr-bright, table: mr/labels.csv, classes: {bright: high, dark: low}}
 arms:
   - {name: pixels, kind: pixels}
-  - {name: random, kind: random}
   - {name: swav}
 """
 PRESET = """
@@ -83,43 +82,49 @@ def ingest_here(plan, data: Path, out: Path) -> None:
         join_labels(config.output, table.path, names, table.name, sources=config.sources)
 
 
-def test_a_comparison_holds_patients_apart_keeps_what_is_done_and_writes_its_table(data, tmp_path):
+@pytest.fixture(scope="module")
+def out(data, tmp_path_factory) -> Path:
+    """A comparison that has its dataset."""
+    folder = tmp_path_factory.mktemp("out")
+    ingest_here(load_plan(data / "plan.yaml"), data, folder)
+    return folder
+
+
+def test_a_comparison_holds_patients_apart_keeps_what_is_done_and_writes_its_table(data, out):
     plan = load_plan(data / "plan.yaml")
-    ingest_here(plan, data, tmp_path)
-    rows = catalog.load(str(tmp_path / "dataset"), columns=["modality", "patient", "split"]).to_pylist()
+    rows = catalog.load(str(out / "dataset"), columns=["modality", "patient", "split"]).to_pylist()
     splits = {row["patient"]: {r["split"] for r in rows if r["patient"] == row["patient"]} for row in rows}
     assert all(len(of_one) == 1 for of_one in splits.values())
     assert len(rows) == 47  # the train image of the patient who is also in test is gone
 
-    listed = jobs_of(plan, tmp_path, "test")
+    listed = jobs_of(plan, out, "test")
     with StopFlag() as stop:
         assert run_jobs(listed, 2, stop, None) == []
     figures = [row for job in listed for row in job.judged()]
     assert {(r["arm"], r["task"], r["fraction"]) for r in figures} == {
         (arm, task, f)
-        for arm in ("pixels", "random", "swav")
+        for arm in ("pixels", "swav")
         for task in ("ct-bright", "mr-bright")
         for f in (1.0, 0.5)
     }
     assert all(row["auc"] == 1 for row in figures if row["arm"] == "pixels")
-    text = write_results(plan, listed, figures, tmp_path, "test")
+    text = write_results(plan, listed, figures, out, "test")
     assert "| ct-bright | 1.000 |" in text and "3 steps of 4 images" in text
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == figures
+    assert json.loads((out / "results.json").read_text())["rows"] == figures
 
-    again = jobs_of(plan, tmp_path, "test")
+    again = jobs_of(plan, out, "test")
     assert all(job.judged() is not None for job in again)
-    (tmp_path / "runs" / "swav-0" / "encoder.safetensors").write_bytes(b"another")
+    (out / "runs" / "swav-0" / "encoder.safetensors").write_bytes(b"another")
     assert [job.name for job in again if job.judged() is None] == ["swav-0"]
 
 
-def test_the_hybrid_arm_trains_on_exactly_the_labels_that_its_probe_fits(data, tmp_path):
+def test_the_hybrid_arm_trains_on_exactly_the_labels_that_its_probe_fits(data, out):
     plan = load_plan(data / "plan.yaml")
-    ingest_here(plan, data, tmp_path)
-    names = compare_data.labels_for_training(plan, tmp_path, 0.5, 0)
+    names = compare_data.labels_for_training(plan, out, 0.5, 0)
     assert len(names) == len(set(names)) == len(plan.tasks)
-    table = catalog.labels(str(tmp_path / "dataset"), names[0])
-    train = set(catalog.load(str(tmp_path / "dataset"), "ct", ["key"], split="train")["key"].to_pylist())
-    whole = compare_data.task_labels(tmp_path, "ct-bright")
+    table = catalog.labels(str(out / "dataset"), names[0])
+    train = set(catalog.load(str(out / "dataset"), "ct", ["key"], split="train")["key"].to_pylist())
+    whole = compare_data.task_labels(out, "ct-bright")
     assert set(table["key"].to_pylist()) < train & whole.keys()
     assert all(whole[k] == v for k, v in zip(*(table[c].to_pylist() for c in ("key", "label")), strict=True))
 
@@ -147,5 +152,5 @@ def test_a_mistake_in_the_plan_is_one_line_before_anything_is_written(
 
 
 def test_an_unknown_arm_is_refused_with_the_ones_there_are(data):
-    with pytest.raises(UserError, match="pixels, random, swav"):
+    with pytest.raises(UserError, match="pixels, swav"):
         load_plan(data / "plan.yaml", only=["swov"])

@@ -75,11 +75,11 @@ def test_the_table_has_a_row_a_task_a_mean_of_several_and_a_dash_for_what_is_mis
             *rows("swav", {"mr-a": [0.1]}, fraction=0.1),
         ]
     )
-    assert markdown(summary, ["pixels", "swav"], 1.0).splitlines() == [
+    assert markdown(summary, ["pixels", "swav"], 1.0, 2).splitlines() == [
         "| | pixels | swav |",
         "|---|---|---|",
-        "| mr-a | 0.650 | 0.650 (0.600 to 0.700) |",
+        "| mr-a | 0.650 (1 of 2 seeds) | 0.650 (0.600 to 0.700) |",
         "| mr-b | - | 0.750 (0.700 to 0.800) |",
-        "| **mr, mean** | 0.650 | 0.700 |",
+        "| **mr, mean** | 0.650 (1 of 2 seeds) | 0.700 |",
         "| us-a | - | 0.700 (0.500 to 0.900) |",
     ]

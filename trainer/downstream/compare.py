@@ -97,8 +97,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def markdown(summary: Sequence[Mapping[str, Any]], arms: Sequence[str], fraction: float) -> str:
-    """A table of one fraction: a row a modality and task, a column an arm; mean (min to max) over seeds."""
+def markdown(summary: Sequence[Mapping[str, Any]], arms: Sequence[str], fraction: float, seeds: int) -> str:
+    """A table of one fraction: a row a modality and task, a column an arm; mean (min to max) over the seeds,
+    and of how many, where that is not all of `seeds`."""
     lines = [f"| | {' | '.join(arms)} |", f"|---|{'---|' * len(arms)}"]
     chosen = [one for one in summary if one["fraction"] == fraction]
     of_modality: dict[str, list[Mapping[str, Any]]] = {}
@@ -109,14 +110,14 @@ def markdown(summary: Sequence[Mapping[str, Any]], arms: Sequence[str], fraction
         mean = [one for one in members if one["task"] == "mean"]
         for one in [*tasks, *(mean if len(tasks) > 1 else [])]:
             name = f"**{modality}, mean**" if one["task"] == "mean" else one["task"]
-            cells = [_cell(one["arms"].get(arm)) for arm in arms]
+            cells = [_cell(one["arms"].get(arm), seeds) for arm in arms]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(spread: Mapping[str, float] | None) -> str:
+def _cell(spread: Mapping[str, float] | None, seeds: int) -> str:
     if spread is None:
         return "-"
-    if spread["n"] == 1 or spread["min"] == spread["max"]:
-        return f"{spread['mean']:.3f}"
-    return f"{spread['mean']:.3f} ({spread['min']:.3f} to {spread['max']:.3f})"
+    parts = [] if spread["min"] == spread["max"] else [f"{spread['min']:.3f} to {spread['max']:.3f}"]
+    parts += [] if spread["n"] == seeds else [f"{spread['n']} of {seeds} seeds"]
+    return f"{spread['mean']:.3f}" + (f" ({', '.join(parts)})" if parts else "")
