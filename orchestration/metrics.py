@@ -89,6 +89,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("medswav_train_queue_fill_ratio", "gauge", "share of the queue that is filled", ("modality",)),
     Metric("medswav_train_queue_age_steps", "gauge", "mean age of the queue's entries", ("modality",)),
     Metric("medswav_train_queue_oldest_steps", "gauge", "age of the queue's oldest entry", ("modality",)),
+    Metric("medswav_train_online_knn_auc", "gauge", "AUC of kNN on the val split", ("modality",)),
+    Metric("medswav_train_online_linear_auc", "gauge", "AUC of a linear probe on it", ("modality",)),
+    Metric("medswav_train_online_seconds", "histogram", "seconds of one evaluation during training"),
     Metric(
         "medswav_train_alarm",
         "gauge",
@@ -164,6 +167,8 @@ def observe_step(metrics: Metrics, step: Mapping[str, float]) -> None:
         parts = key.split("/")
         if len(parts) == 3 and parts[0] == "m" and parts[2] in _PER_MODALITY:
             metrics.set(f"medswav_train_{_PER_MODALITY[parts[2]]}", value, modality=parts[1])
+        if len(parts) == 3 and parts[0] == "online" and parts[2] in ("knn_auc", "linear_auc"):
+            metrics.set(f"medswav_train_online_{parts[2]}", value, modality=parts[1])
     for name in ("loss", "loss_minus_ln_k"):
         if name in step:
             metrics.set(f"medswav_train_{name}", step[name], modality=ALL)
@@ -183,6 +188,8 @@ def observe_step(metrics: Metrics, step: Mapping[str, float]) -> None:
             metrics.add("medswav_loader_samples_total", step["samples"] / len(modalities), modality=modality)
     if "gpu_memory_bytes" in step:
         metrics.set("medswav_train_gpu_memory_bytes", step["gpu_memory_bytes"])
+    if "online_seconds" in step:
+        metrics.observe("medswav_train_online_seconds", step["online_seconds"])
     if "checkpoint_seconds" in step:
         metrics.observe("medswav_train_checkpoint_seconds", step["checkpoint_seconds"])
     for key, value in step.items():

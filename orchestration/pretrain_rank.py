@@ -160,6 +160,7 @@ class _Source:
         self._loader: dict[str, float] = {}
         self._save_every = save_every
         self._returned: float | None = None
+        self._online = 0.0  # seconds of the last step that went into evaluation
         self._steps: deque[float] = deque(maxlen=20)  # seconds of steps without a checkpoint
 
     def __call__(self, step: int) -> "Batch":
@@ -178,7 +179,8 @@ class _Source:
             assert self._control is not None
             self._control.tell.remote("start", step)
             return
-        seconds = time.perf_counter() - self._returned
+        seconds = time.perf_counter() - self._returned - self._online
+        self._online = 0.0
         if step % self._save_every:
             self._steps.append(seconds)
         elif self._steps:
@@ -190,6 +192,7 @@ class _Source:
             return
         values = {name: float(value) for name, value in metrics.items()} | self._loader
         self._loader = {}
+        self._online = values.get("online_seconds", 0.0)
         if self._on_gpu:
             import torch
 

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from shards import catalog, exclusions
@@ -277,6 +278,12 @@ def fit_bands(
         pyramids = told(_pyramids(config, modality, chosen, reader))
         statistics[modality.name] = fit_statistics(pyramids, config.views.sigmas)
     return statistics
+
+
+def rows_of(root: str, modality: str, split: str, keys: pa.Array) -> Modality:
+    """The rows of a split that have one of these keys, sorted by key; no other split is looked at."""
+    table = catalog.load(root, modality, [*_LOCATION, *_INTENSITY], split)
+    return Modality(modality, table.filter(pc.is_in(table["key"], keys)))
 
 
 def eval_images(

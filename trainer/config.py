@@ -100,8 +100,8 @@ class OptimConfig(Strict):
 
 
 class OnlineConfig(Strict):
-    """Evaluation during training, off without labels: kNN and a linear probe on whole images. See
-    trainer.online."""
+    """Evaluation during training, off without labels: kNN and a linear probe on whole images, fitted on the
+    train split, AUC on the val split. Changes no loss. See trainer.online."""
 
     labels: tuple[str, ...] = ()  # names of `ingest label`; each modality is labelled by one of them at most
     every_steps: int = Field(default=500, gt=0)  # a multiple of log_every_steps

@@ -30,6 +30,7 @@ from trainer.export_heads import HEADS_FILE, save_heads
 from trainer.labels import LabelSet
 from trainer.meter import Meter, OnMetrics, not_finite
 from trainer.models.initial import load_initial
+from trainer.online import Online, load_labelled
 from trainer.optim import build_optimizer
 from trainer.precision import Precision, build_precision
 from trainer.step import is_logged, train_step, unwrap
@@ -119,6 +120,7 @@ def train(
         step = start
         meter = Meter(config, attempt, rank, world, run.device, on_metrics, start)
         stack.callback(meter.close)
+        online = open_online(run) if start < config.max_steps else None
         stopping = False
         while step < config.max_steps and not stopping:
             with meter.waiting():
@@ -137,6 +139,8 @@ def train(
             )
             if is_logged(step, config):
                 metrics = of_last_steps(run, state, metrics)
+            if online is not None and online.is_due(step):
+                metrics |= online.evaluate(unwrap(state.model).backbone)
             meter.add(step, metrics)
             step += 1
             saving = step % config.checkpoint.every_steps == 0 or step == config.max_steps
@@ -299,6 +303,19 @@ def of_last_steps(run: Run, state: TrainState, metrics: dict[str, Any]) -> dict[
     metrics = state.use.replace(metrics, images * config.views.n_crops)
     queue = queue_diagnostics(state.queue, images)
     return metrics | {f"m/{group}/{name}": value for group in config.groups for name, value in queue.items()}
+
+
+def open_online(run: Run) -> Online | None:
+    """Rank 0 evaluates, and the others wait for it in the next step. Raises UserError, on every rank."""
+    opened: list[Online] = []
+
+    def load() -> dict[str, Any]:
+        opened.append(Online(run.config, load_labelled(run.config), run.device))
+        return {}
+
+    if run.config.online.labels:
+        from_rank_zero(load, rank=run.rank, world=run.world, device=run.device)
+    return opened[0] if opened else None
 
 
 def to_device(run: Run, batch: "Batch") -> list[Tensor]:

@@ -26,6 +26,8 @@ STEP = {
     "m/ct/dead_share": 0.25,
     "m/ct/queue_age_steps": 8.0,
     "m/ct/something_new": 1.0,
+    "online/ct/knn_auc": 0.8,
+    "online_seconds": 2.0,
     "loader/decode": 0.02,
     "loader/depth": 3.0,
 }
@@ -56,6 +58,8 @@ def test_a_step_is_booked_per_modality_and_in_sum():
     assert metrics.value("medswav_train_dead_prototypes", modality="ct") == 2
     assert metrics.value("medswav_train_dead_prototypes_ratio", modality="ct") == 0.25
     assert metrics.value("medswav_train_queue_age_steps", modality="ct") == 8
+    assert metrics.value("medswav_train_online_knn_auc", modality="ct") == 0.8
+    assert metrics.value("medswav_train_online_seconds_count") == 2
     assert metrics.value("medswav_train_samples_total") == 128
     assert metrics.value("medswav_loader_samples_total", modality="xr") == 64
     assert metrics.value("medswav_train_data_wait_ratio") == pytest.approx(0.2)
