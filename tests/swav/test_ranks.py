@@ -18,7 +18,7 @@ from trainer.swav.model import MultiModalSwav
 from trainer.swav.queue import FeatureQueue, build_queue
 from trainer.swav.sinkhorn import sinkhorn, sinkhorn_each
 
-MODALITIES = ("xr", "ct", "us")
+MODALITIES = ("xr", "ct", "mr", "us")
 
 
 def _scores(samples: int, prototypes: int, seed: int) -> Tensor:
@@ -29,7 +29,7 @@ def _scores(samples: int, prototypes: int, seed: int) -> Tensor:
 
 def _problems() -> list[Tensor]:
     """A stacked problem of each modality, of different sizes."""
-    return [_scores(n, 40, seed=n) for n in (48, 24, 36)]
+    return [_scores(n, 40, seed=n) for n in (48, 24, 36, 12)]
 
 
 def _share(problem: int, rank: int, world: int) -> slice:
@@ -46,7 +46,7 @@ def _codes_of_rank(rank: int, world: int, epsilon: float) -> tuple[list[Tensor],
     return sinkhorn_each(shares, epsilon), [sinkhorn(s, epsilon) for s in shares]
 
 
-@pytest.mark.parametrize(("world", "epsilon"), [(2, 0.03), (3, 0.03), (2, 0.01)])
+@pytest.mark.parametrize(("world", "epsilon"), [(2, 0.03), (3, 0.03), (4, 0.03), (2, 0.01)])
 def test_g5_codes_equal_one_process_even_for_a_rank_without_a_modality(world, epsilon):
     ranks = run_ranks(_codes_of_rank, world, epsilon)
     for i, scores in enumerate(_problems()):
@@ -81,7 +81,7 @@ def _config(optimizer: str, queue_length: int, groups: str = "per-modality") -> 
         {
             "max_steps": 8,
             "log_every_steps": 1,
-            "data": {"batch_size": 36, "modalities": MODALITIES},
+            "data": {"batch_size": 48, "modalities": MODALITIES},
             "views": {"crops": [{"count": 2, "size": 8}, {"count": 3, "size": 6}]},
             "model": {"backbone": "resnet-tiny", "hidden_dim": 16, "feature_dim": 12},
             "swav": {
@@ -107,7 +107,7 @@ def _model(config: TrainConfig) -> MultiModalSwav:
 def _crops(step: int) -> list[Tensor]:
     """[count, M, B/M, 1, S, S] per group, the global batch."""
     generator = torch.Generator().manual_seed(step)
-    return [torch.rand(count, 3, 12, 1, size, size, generator=generator) for count, size in ((2, 8), (3, 6))]
+    return [torch.rand(count, 4, 12, 1, size, size, generator=generator) for count, size in ((2, 8), (3, 6))]
 
 
 def _train(
@@ -118,9 +118,9 @@ def _train(
     optimizer, queue = build_optimizer(model, config.optim), build_queue(config)
     metrics: dict[str, Any] = {}
     for step in range(8):
-        if uneven and world > 1:  # three ranks of one modality each
+        if uneven and world > 1:  # four ranks of one modality each
             crops = [c[:, rank] for c in _crops(step)]
-            sizes = [12 if m == rank else 0 for m in range(3)]
+            sizes = [12 if m == rank else 0 for m in range(4)]
         else:
             b = 12 // world
             crops = [c[:, :, rank * b : (rank + 1) * b].flatten(1, 2) for c in _crops(step)]
@@ -139,10 +139,11 @@ def _train_rank(
 @pytest.mark.parametrize(
     ("world", "optimizer", "queue_length", "uneven", "groups"),
     [
-        (2, "larc-sgd", 72, False, "per-modality"),
-        (3, "adamw", 108, False, "per-modality"),
-        (3, "larc-sgd", 0, True, "per-modality"),
-        (2, "larc-sgd", 72, False, "shared"),
+        (2, "larc-sgd", 96, False, "per-modality"),
+        (3, "adamw", 144, False, "per-modality"),
+        (4, "larc-sgd", 96, False, "per-modality"),
+        (4, "larc-sgd", 0, True, "per-modality"),
+        (2, "larc-sgd", 96, False, "shared"),
     ],
 )
 def test_g5_training_equals_one_process(world, optimizer, queue_length, uneven, groups):
@@ -156,7 +157,7 @@ def test_g5_training_equals_one_process(world, optimizer, queue_length, uneven, 
         for name, value in metrics.items():
             assert rank_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
         if queue is not None:
-            assert int(rank_queue["filled"]) == queue.filled == 7 * (36 if groups == "shared" else 12)
+            assert int(rank_queue["filled"]) == queue.filled == 7 * (48 if groups == "shared" else 12)
             assert torch.equal(rank_queue["features"], ranks[0][2]["features"])
             if groups == "per-modality":  # one group of all modalities holds them in the order of the ranks
                 assert (rank_queue["features"] - queue.features).abs().max() <= 1e-5
@@ -180,7 +181,7 @@ def _count_collectives(rank: int, world: int) -> list[str]:
     return called
 
 
-def test_a_step_of_three_modalities_takes_three_collectives_for_all_its_codes():
+def test_a_step_of_four_modalities_takes_three_collectives_for_all_its_codes():
     assert run_ranks(_count_collectives, 2) == [["all_reduce"] * 3] * 2
 
 
