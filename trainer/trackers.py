@@ -20,7 +20,11 @@ from trainer.checkpoint import flat_settings
 from trainer.config import TrainConfig
 from trainer.step import is_logged
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+PACKAGES = {
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),  # the small package of MLflow leaves out the last two
+}
 
 
 class Tracker(Protocol):
@@ -33,7 +37,7 @@ class Tracker(Protocol):
 def check_trackers(names: Sequence[str]) -> None:
     """Refuse a tracker whose package is not there. Raises UserError."""
     for name in names:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
+        if any(importlib.util.find_spec(package) is None for package in PACKAGES[name]):
             raise UserError(
                 f"trackers={name} needs a package that is not installed: pip install 'medswav[{name}]', or "
                 "leave it out"

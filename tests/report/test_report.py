@@ -85,6 +85,14 @@ def test_text_from_data_is_escaped() -> None:
     assert page.count("&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;") >= 6
 
 
+def test_alarms_of_the_training_are_told_and_so_is_that_there_were_none(page: str) -> None:
+    assert "No alarm: the diagnostics" in page
+    text = "alarm, ct since step 0: codes are uniform: lower swav.epsilon <a>"
+    told = render(replace(report_data(), alarms=(text,)))
+    assert "<p>Alarm, ct since step 0: codes are uniform: lower swav.epsilon &lt;a&gt;.</p>" in told
+    assert "No alarm" not in told
+
+
 def test_missing_parts_are_named_not_left_out() -> None:
     reason = "No labels were given, so the probe was skipped."
     page = render(ReportData(generated=False, date="2026-11-23", probe_skipped=reason))

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import logging
 import os
 from collections.abc import Callable
@@ -11,7 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
+from orchestration.cluster import StopFlag
 from orchestration.metrics import Metrics, observe_alarms
+from orchestration.pretrain_job import _Job
+from orchestration.pretrain_rank import ControlState
+from orchestration.progress import Progress
 from orchestration.report_gather import alarm_texts
 from tests.trainer.fake import FINGERPRINT, FakeBatches, tiny
 from trainer import alarms, journal
@@ -156,6 +161,25 @@ def test_a_resumed_run_has_the_alarms_of_one_that_was_not_interrupted(tmp_path):
     run(tmp_path / "stopped", config)
     texts = [(tmp_path / name / "alarms.jsonl").read_text() for name in ("straight", "stopped")]
     assert texts[0] == texts[1] and texts[0].count("uniform_codes") == 2
+
+
+def test_the_driver_says_an_alarm_once_though_the_ranks_start_over(tmp_path):
+    """It reads along: of a resumed run first what metrics.jsonl holds, then what the ranks tell."""
+    config, said, bad = tiny(), [], {"feature_std": 0.01}
+    journal.append(journal.journal_path(tmp_path), [row(0, **bad), row(4, **bad)])
+    job = _Job(config, tmp_path, Metrics("train"), 3, StopFlag(), said.append, None)
+    told = [row(step, **bad) for step in (4, 8, 4, 8, 11)]  # from step 4 on, twice
+    job._book(ControlState(steps=[{k: float(v or 0) for k, v in r.items()} for r in told]), Shown())
+    assert [line.partition(" (collapse)")[0] for line in said] == [
+        "pretrain: alarm, ct since step 0: features are one point"
+    ]
+
+
+class Shown(Progress):
+    """A progress line that goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__("", 1, "", stream=io.StringIO())
 
 
 def row(step: int, **values: float | None) -> dict[str, float | None]:
