@@ -171,6 +171,14 @@ def test_two_at_once_with_different_choices_commit_one_attempt(source, tmp_path)
     assert catalog.load(out).num_rows == 4 and verify(out, deep=True).clean
 
 
+def torn(source, out, broken) -> None:
+    """A first run, or what a retry does, on a disk with some broken frames."""
+    settings = config(source, out)
+    again = planned(source, out)[0] if out.exists() else units(settings)
+    for unit in again:
+        run_unit(unit, settings, NAMES, out, out.parent / "scratch", Torn(settings, broken))
+
+
 def test_frames_that_decode_the_second_time_join_those_of_their_file(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     write(source / "cine", np.stack([grey(seed=n) for n in range(3)]), number=0, frames=True)
@@ -178,17 +186,11 @@ def test_frames_that_decode_the_second_time_join_those_of_their_file(tmp_path):
     write(source / "flat", np.stack(flat), number=1, frames=True)
     ingest(source, tmp_path / "sound")
 
-    def run(broken) -> None:
-        settings = config(source, out)
-        again = units(settings) if not out.exists() else planned(source, out)[0]
-        for unit in again:
-            run_unit(unit, settings, NAMES, out, tmp_path / "scratch", Torn(settings, broken))
-
-    run({("cine", 0), ("cine", 2), ("flat", 2)})
+    torn(source, out, {("cine", 0), ("cine", 2), ("flat", 2)})
     assert reasons_of(out) == ["constant", "decode_failed", "decode_failed", "decode_failed"]
-    run({("cine", 2)})
+    torn(source, out, {("cine", 2)})
     assert reasons_of(out) == ["constant", "decode_failed"]
-    run(set())
+    torn(source, out, set())
     assert reasons_of(out) == ["constant"] == reasons_of(tmp_path / "sound")
     assert images(out) == images(tmp_path / "sound")
     assert verify(out, deep=True).clean and not planned(source, out)[0]
@@ -198,6 +200,21 @@ def test_killed_at_every_operation_and_run_again_the_dataset_is_the_same(source,
     first_run(source, tmp_path / "whole", "b", "c")
     start = tree(tmp_path / "whole")
     retry(source, tmp_path / "whole", "c")
+    killed_anywhere(tmp_path, start, lambda root: retry(source, root, "c"))
+
+
+def test_killed_while_frames_join_their_file_and_run_again_each_frame_is_there_once(tmp_path):
+    source = tmp_path / "source"
+    write(source / "cine", np.stack([grey(seed=n) for n in range(3)]), number=0, frames=True)
+    torn(source, tmp_path / "whole", {("cine", 0), ("cine", 2)})
+    start = tree(tmp_path / "whole")
+    torn(source, tmp_path / "whole", {("cine", 2)})
+    assert catalog.load(tmp_path / "whole").num_rows == 2
+    killed_anywhere(tmp_path, start, lambda root: torn(source, root, {("cine", 2)}))
+
+
+def killed_anywhere(tmp_path, start, again) -> None:
+    """`again` on copies of the dataset `start`, killed ahead of every operation: it comes out as `whole`."""
     expected = tree(tmp_path / "whole")
     number = 0
     while True:
@@ -205,12 +222,12 @@ def test_killed_at_every_operation_and_run_again_the_dataset_is_the_same(source,
         for name, data in start.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(data)
-        if not killed(lambda root=root: retry(source, root, "c"), number, torn=number % 2 == 1):
+        if not killed(lambda root=root: again(root), number, torn=number % 2 == 1):
             break
         if tree(root).keys() != expected.keys():
             sweep(Store(root))
             if len(list_commits(Store(root))) < sum(name.startswith("commits/") for name in expected):
-                retry(source, root, "c")
+                again(root)
         assert tree(root) == expected, f"killed ahead of operation {number}"
         number += 1
     assert number > 10
