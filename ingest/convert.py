@@ -210,6 +210,8 @@ class _Work:
         return EncodedSample(row, self.codec.encode(frame.pixels))
 
     def _refuse(self, entry: Entry, refusals: list[Refusal]) -> None:
+        if not refusals:
+            return
         source = source_id(entry.source, self.names)
         self.quarantine += [
             QuarantineRow(source, refusal.frame, entry.kind, refusal.modality, refusal.reason.value)

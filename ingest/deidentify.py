@@ -95,6 +95,7 @@ def patient_id(entry: Entry, identifiers: dict[str, str], names: Pseudonymizer) 
     return names.id("patient of file", entry.identity)
 
 
+@lru_cache(maxsize=256)  # the slices of a series share them
 def age_years(age: str, birth_date: str, study_date: str) -> float | None:
     """Years from PatientAge (045Y, 010M, ...), else from two dates; whole years from 2 on; capped at 90."""
     match = _AGE.match(age.strip().upper())

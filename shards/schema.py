@@ -281,20 +281,29 @@ def _fits(value: Any, kind: pa.DataType) -> bool:
     return type(value) is list and kind is _VEC and all(type(v) is float and math.isfinite(v) for v in value)
 
 
+def _names(columns: tuple[Column, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """All, and those that every row has."""
+    return frozenset(c.name for c in columns), tuple(c.name for c in columns if not c.nullable)
+
+
+_NAMES, _REQUIRED = _names(COLUMNS)
+_VOLUME_NAMES, _VOLUME_REQUIRED = _names(VOLUME_COLUMNS)
+
+
 def check_row(row: Row) -> None:
     """Hold a row to the allow-list. Raises ValueError (our mistake, not the user's)."""
-    _hold(row, COLUMNS)
+    _hold(row, _NAMES, _REQUIRED)
 
 
 def check_volume_row(row: Row) -> None:
     """As check_row, for the row of a volume."""
-    _hold(row, VOLUME_COLUMNS)
+    _hold(row, _VOLUME_NAMES, _VOLUME_REQUIRED)
 
 
-def _hold(row: Row, columns: tuple[Column, ...]) -> None:
-    unknown = row.keys() - {c.name for c in columns}
+def _hold(row: Row, names: frozenset[str], required: tuple[str, ...]) -> None:
+    unknown = row.keys() - names
     if unknown:
         raise ValueError(f"columns not on the allow-list: {sorted(unknown)}")
-    missing = [c.name for c in columns if not c.nullable and row.get(c.name) is None]
+    missing = [name for name in required if row.get(name) is None]
     if missing:
         raise ValueError(f"required columns missing: {missing}")

@@ -22,6 +22,48 @@ _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _ZERO = bytes(BLOCK)
 
 
+# What tarfile makes of a regular file without a name: its times, owners and modes are constants.
+_EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_NAME, _SIZE, _SUM = slice(0, 100), slice(124, 135), slice(148, 156)
+_EMPTY_SUM = sum(_EMPTY[: _SIZE.start]) + sum(_EMPTY[_SIZE.stop : _SUM.start]) + 8 * 32 + sum(_EMPTY[156:])
+
+
+def _header(name: bytes, size: int) -> bytes:
+    """tarfile's header of a regular file, byte for byte, in a tenth of the time."""
+    if len(name) > _NAME.stop or size >= 8**11:
+        info = tarfile.TarInfo(name.decode())
+        info.size = size
+        return info.tobuf(tarfile.USTAR_FORMAT)
+    digits = b"%011o" % size
+    total = _EMPTY_SUM + sum(name) + sum(digits)
+    return b"".join(
+        (
+            name.ljust(100, b"\0"),
+            _EMPTY[_NAME.stop : _SIZE.start],
+            digits,
+            _EMPTY[_SIZE.stop : _SUM.start],
+            b"%06o\0 " % total,
+            _EMPTY[_SUM.stop :],
+        )
+    )
+
+
+def _parsed(header: bytes) -> tuple[str, int]:
+    """(name, size) of a member. Raises ValueError for what is no header of a regular file."""
+    name, digits = header[_NAME].partition(b"\0")[0], header[_SIZE]
+    if digits.isdigit() and b"8" not in digits and b"9" not in digits:
+        size = int(digits, 8)
+        if header == _header(name, size):  # one of ours
+            return name.decode(), size
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    except tarfile.TarError:
+        raise ValueError("the tar has a damaged header") from None
+    if not info.isreg():
+        raise ValueError("the tar holds something else than regular files")
+    return info.name, info.size
+
+
 class ShardWriter:
     """Writes one tar; add() returns where the data went. close() makes it durable and complete.
 
@@ -49,10 +91,9 @@ class ShardWriter:
         self._keys.add(key)
         places = {}
         for extension, data in files.items() if isinstance(files, Mapping) else files:
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size = len(data)  # the other fields keep tarfile's constants: mtime, uid and gid are 0
             padding = -len(data) % BLOCK
-            store.write_all(self._fd, info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(padding))
+            header = _header(f"{key}.{extension}".encode(), len(data))
+            store.write_all(self._fd, header + data + bytes(padding))
             places[extension] = (self._offset + BLOCK, len(data))
             self._offset += BLOCK + len(data) + padding
         return places
@@ -103,14 +144,9 @@ def scan_members(file: BinaryIO) -> list[tuple[str, int, int]]:
             raise ValueError("the tar is cut off: it has no end marker")
         if header == _ZERO:
             break
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-        except tarfile.TarError:
-            raise ValueError("the tar has a damaged header") from None
-        if not info.isreg():
-            raise ValueError("the tar holds something else than regular files")
-        members.append((info.name, offset + BLOCK, info.size))
-        offset += BLOCK + info.size + -info.size % BLOCK
+        name, size = _parsed(header)
+        members.append((name, offset + BLOCK, size))
+        offset += BLOCK + size + -size % BLOCK
     if file.read(BLOCK) != _ZERO or offset + 2 * BLOCK != end:
         raise ValueError("the tar is cut off or has something after its end marker")
     return members

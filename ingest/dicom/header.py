@@ -136,7 +136,7 @@ def _tag(keyword: str) -> BaseTag:
 def value(dataset: Dataset, keyword: str) -> Any:
     """The value of an element; None where it is missing, empty or does not parse."""
     tag = _tag(keyword)
-    if tag not in dataset:
+    if tag not in dataset.keys():  # noqa: SIM118 - `in dataset` makes a tag of the tag once more
         return None  # most of what is asked for: Dataset.get is ten times slower
     try:
         found = dataset[tag].value

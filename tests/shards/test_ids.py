@@ -1,11 +1,13 @@
 """Pseudonyms are stable, keyed, unambiguous; splits never move; keys are handled safely."""
 
+import base64
+import hashlib
 import re
 
 import pytest
 
 from shards.errors import UserError
-from shards.ids import Pseudonymizer, create_key, digest, load_key
+from shards.ids import Pseudonymizer, create_key, digest, frame, load_key
 
 KEY = bytes(range(32))
 ID = re.compile(r"[a-z2-7]{26}")
@@ -22,6 +24,12 @@ def test_golden_values_hold_over_versions():
 @pytest.mark.parametrize("value", ["", "4711", "1.2.840.113619", "Müller^Änne", "a" * 1000])
 def test_an_id_is_26_base32_characters_without_dots(value):
     assert ID.fullmatch(Pseudonymizer(KEY).id("patient", value))
+
+
+def test_ids_are_lower_case_base32_of_rfc_4648():
+    for number in range(200):
+        raw = hashlib.sha256(frame(str(number))).digest()
+        assert digest(str(number)) == base64.b32encode(raw).decode().lower()[:26]
 
 
 def test_key_site_kind_and_value_each_change_the_id():

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from shards.tar import ShardReader, ShardWriter, list_members
+from shards.tar import ShardReader, ShardWriter, list_members, scan_members
 
 SAMPLES = {f"key{n}": {"j2c": bytes([n]) * (700 * n + 1), "json": b'{"n":%d}\n' % n} for n in range(4)}
 
@@ -37,6 +37,37 @@ def test_places_lead_to_the_data_and_agree_with_the_index_and_with_tarfile(tmp_p
                 offset, size = places[key][extension]
                 assert raw[offset : offset + size] == data == tar.extractfile(f"{key}.{extension}").read()
                 assert index[f"{key}.{extension}"] == (offset, size)
+
+
+@pytest.mark.parametrize("length", [1, 26, 95])
+def test_headers_are_those_of_tarfile(tmp_path, length):
+    for size in (0, 1, 511, 512, 5000):
+        with ShardWriter(tmp_path / f"{size}.tar") as writer:
+            writer.add("k" * length, {"json": bytes(size)})
+        info = tarfile.TarInfo("k" * length + ".json")
+        info.size = size
+        assert (tmp_path / f"{size}.tar").read_bytes()[:512] == info.tobuf(tarfile.USTAR_FORMAT)
+        assert list_members(tmp_path / f"{size}.tar") == [(info.name, 512, size)]
+
+
+def test_a_name_that_no_header_holds_is_an_error(tmp_path):
+    with ShardWriter(tmp_path / "a.tar") as writer, pytest.raises(ValueError, match="too long"):
+        writer.add("k" * 150, {"json": b""})
+
+
+def test_a_header_with_a_bit_changed_is_refused_or_read_as_it_was(tmp_path):
+    write(tmp_path / "a.tar")
+    raw, expected = (tmp_path / "a.tar").read_bytes(), list_members(tmp_path / "a.tar")
+    refused = 0
+    for place in range(512):
+        for bit in (1, 16, 128):
+            changed = bytearray(raw)
+            changed[place] ^= bit
+            try:
+                assert scan_members(io.BytesIO(changed)) == expected
+            except ValueError:
+                refused += 1
+    assert refused > 1400  # all but some spellings of the check sum
 
 
 @pytest.mark.parametrize("key", ["1.2.840.10008", "a/b", "", "..", "a b", "ä"])
