@@ -57,7 +57,8 @@ def join_labels(
     empty in a row with other cells. In the metadata of the returned table: `unmatched`, rows
     without a value or without a sample; `misplaced`, boxes outside the stored image and masks that are no
     grey PNG of the size of the source image; `repeated`, rows of an image that had one before.
-    Raises UserError for a table that cannot be used, matches nothing, or names a file that two inputs have.
+    Raises UserError for a table that cannot be used, matches nothing, or names a file that two inputs have,
+    and for a name that labels of the other kind of sample have.
     """
     path = Path(table)
     columns, parse, join, candidates = check_table(path, name, label_column, by, sources, kind, values)
@@ -65,6 +66,7 @@ def join_labels(
     catalog_column, pseudonym = _JOINS[join.lower()]
     wanted = {"key", "source", "frame", "kind", "volume", catalog_column, *PLACE_COLUMNS}
     samples = {sample["key"]: sample for sample in catalog.load(root, columns=sorted(wanted)).to_pylist()}
+    _check_name(root, name, of, samples)
     keys: dict[str, dict[str, None]] = {}  # of what is labelled, each once and in order
     # Two samples of one path and frame: of two sources that were given one by one, or of a changed file.
     several = Counter((sample["source"], sample["frame"]) for sample in samples.values())
@@ -141,6 +143,16 @@ def _check_of(of: str, kind: str, columns: Sequence[str]) -> None:
         raise UserError(f"{kind} lie in images: join them to images, a volume's slice_keys lead to them")
     if of == "volumes" and "frame" in {column.lower() for column in columns}:
         raise UserError("a column frame chooses an image: leave it out for labels of volumes")
+
+
+def _check_name(root: str | Path, name: str, of: str, samples: dict[str, Row]) -> None:
+    """Labels of volumes never take the place of labels of images, nor the other way round."""
+    if name not in catalog.label_names(root):
+        return
+    other = "images" if of == "volumes" else "volumes"
+    others = samples.keys() if of == "volumes" else {sample["volume"] for sample in samples.values()}
+    if not others.isdisjoint(catalog.labels(root, name)["key"].to_pylist()):
+        raise UserError(f"the labels {name!r} are those of {other}: choose another --name")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

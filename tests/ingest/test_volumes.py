@@ -332,6 +332,13 @@ def test_labels_of_a_series_join_its_volume(tmp_path):
     patients = {row["key"]: row["patient"] for row in catalog.load(out, "ct_volumes").to_pylist()}
     joined = {patients[row["key"]]: row["label"] for row in catalog.labels(out, "volumes").to_pylist()}
     assert joined == {NAMES.id("patient", "P1"): "bleeding", NAMES.id("patient", "P2"): "none"}
+    join_labels(out, table, NAMES, "slices")
+    before = catalog.labels(out, "slices")
+    for name, of in (("slices", "volumes"), ("volumes", "images")):
+        with pytest.raises(UserError, match="choose another --name"):
+            join_labels(out, table, NAMES, name, of=of)
+    assert catalog.labels(out, "slices") == before
+    join_labels(out, table, NAMES, "volumes", of="volumes")  # those of its own kind are replaced
     table.write_text("PatientID,label,frame\nP1,bleeding,0\n")
     for wrong in ({"of": "volumes"}, {"of": "series"}):
         with pytest.raises(UserError):
