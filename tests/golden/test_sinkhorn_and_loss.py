@@ -114,7 +114,9 @@ def test_g6_codes_follow_permutations_and_ignore_a_constant(epsilon):
     assert torch.allclose(sinkhorn(scores - 0.3, epsilon), codes, atol=2e-5)
 
 
-def test_stacked_problems_of_any_sizes_equal_separate_ones():
+@pytest.mark.parametrize("stacked_below", [1, 1 << 20])
+def test_problems_of_any_sizes_together_equal_separate_ones(monkeypatch, stacked_below):
+    monkeypatch.setattr("trainer.swav.sinkhorn.STACKED_BELOW", stacked_below)
     problems = [unit_scores(n, 40, seed=n) for n in (32, 7, 0, 19)]
     for epsilon in (0.03, 0.01):
         found = sinkhorn_each(problems, epsilon)
