@@ -90,7 +90,7 @@ def pretrain(
             endpoint(metrics, run_dir, "pretrain", metrics_port, metrics_host) as url,
         ):
             use_gpu = choose_gpu(gpu, workers)
-            check_device(config, workers, "cuda" if use_gpu else "cpu")
+            check_device(config, "cuda" if use_gpu else "cpu")
             device = "GPU" if use_gpu else "CPU"
             say(
                 f"pretrain: {workers} ranks on {device}, {feeders} augmentation actors each; metrics at {url}"

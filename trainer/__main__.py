@@ -64,7 +64,7 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
 
     try:
         device = _device(device_name)
-        check_device(config, int(os.environ.get("WORLD_SIZE", "1")), device.type)
+        check_device(config, device.type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with stop_flag() as stop, process_group(device) as (rank, world):

@@ -36,16 +36,20 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 TENSORS, STATE, MANIFEST, LATEST = "state.safetensors", "state.json", "manifest.json", "LATEST"
 _NAME = re.compile(r"step-(\d{8,})$")
-# What may change between two attempts of one run: none of it changes a sample (threads may move the last
-# bits of a loss). The dataset may move to another folder: what it holds is held to its fingerprint.
+# What may change between two attempts of one run: none of it changes a sample (threads and model.compile may
+# move the last bits of a loss). The dataset may move to another folder: what it holds is held to its
+# fingerprint.
 FREE_SETTINGS = (
     "threads",
     "log_every_steps",
+    "gc_every_steps",
     "checkpoint.",
     "online.",
     "trackers",
     "data.dataset",
     "data.cache_bytes",
+    "model.compile",
+    "model.activation_checkpointing",
 )
 
 

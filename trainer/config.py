@@ -4,14 +4,17 @@ An unknown key is an error; a value is obeyed or refused with the fix, never adj
 principle 5). The defaults are Table I of the paper, column 2D.
 """
 
+import importlib.util
 import json
 import math
+import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from shards.errors import UserError
 from shards.settings import apply_override
@@ -40,6 +43,9 @@ _PAIRS = [("max_steps", "max_samples"), *((f"swav.{a}", f"swav.{b}") for a, b in
 ALTERNATIVES = (*_PAIRS, *((b, a) for a, b in _PAIRS))
 
 
+_OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML reads off as false
+
+
 class ModelConfig(Strict):
     backbone: str = "resnet50"  # one of OWN_BACKBONES, torchvision:NAME, timm:NAME or package.module:function
     backbone_options: dict[str, BackboneOption] = Field(
@@ -54,7 +60,9 @@ class ModelConfig(Strict):
     init_partial: bool = False  # load what fits, and say what was left out and why
     hidden_dim: int = Field(default=2048, gt=0)  # projection head: Linear-BN-ReLU-Linear
     feature_dim: int = Field(default=128, gt=0)
-    sync_batchnorm: bool = False
+    sync_batchnorm: Annotated[Literal["off", "node", "global"], _OFF] = "off"  # statistics over which ranks
+    activation_checkpointing: bool = False  # less memory, one more forward, the same numbers
+    compile: Annotated[Literal["off", "stages"], _OFF] = "off"  # torch.compile of each stage of the backbone
 
     @model_validator(mode="after")
     def _known_backbone(self) -> "ModelConfig":
@@ -62,6 +70,13 @@ class ModelConfig(Strict):
         if self.init_weights is None and (self.init_entry or self.init_prefix or self.init_partial):
             raise ValueError(
                 "init_entry, init_prefix and init_partial go with init_weights, which is not set"
+            )
+        if self.compile != "off" and self.sync_batchnorm != "off":
+            raise ValueError("compile=stages is cut to pieces by sync_batchnorm: set one of them to off")
+        if self.compile != "off" and self.activation_checkpointing:
+            raise ValueError(
+                "compile=stages decides itself what is computed once more: set it to off, or "
+                "activation_checkpointing to false"
             )
         return self
 
@@ -130,6 +145,7 @@ class TrainConfig(Strict):
     precision: Arithmetic = "auto"  # auto: bf16 on a GPU (fp16 where it has no bf16), fp32 on a CPU
     threads: int = Field(default=1, gt=0)  # torch threads of a rank on a CPU
     log_every_steps: int = Field(default=10, gt=0)
+    gc_every_steps: int = Field(default=100, gt=0)  # Python's garbage is collected on all ranks at once
     data: DataConfig = DataConfig()
     views: ViewConfig = ViewConfig()
     model: ModelConfig = ModelConfig()
@@ -313,13 +329,17 @@ def check_world(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def check_device(config: TrainConfig, world_size: int, device: str) -> None:
+def check_device(config: TrainConfig, device: str) -> None:
     """Refuse settings that the device ("cpu", "cuda") cannot serve. Raises UserError."""
-    if config.model.sync_batchnorm and world_size > 1 and device == "cpu":
+    if config.model.compile == "off":
+        return
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if not any(shutil.which(name) for name in compilers):
         raise UserError(
-            "model.sync_batchnorm=true needs GPUs, and these ranks are on the CPU: set it to false, "
-            "or use one rank"
+            "model.compile=stages needs a C++ compiler, and there is none: install g++, or set it to off"
         )
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("model.compile=stages needs triton on a GPU: install it, or set it to off")
 
 
 def few_samples_warning(config: TrainConfig, rarest: float | None = None) -> str | None:

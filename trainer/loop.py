@@ -8,13 +8,12 @@ the same losses, exactly on a CPU, as one that was not.
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 from trainer import alarms, attempts, checkpoint, files, journal
 from trainer.attempts import Attempt
 from trainer.build import build_model
+from trainer.compute import fixed_compute, prepare_network, scheduled_collection, upload
 from trainer.config import TrainConfig, check_device, check_world, few_samples_warning
 from trainer.distributed import from_rank_zero
 from trainer.export import encoder_info, save_encoder
@@ -108,13 +108,13 @@ def train(
     begun, NotFiniteError.
     """
     check_world(config, world)
-    check_device(config, world, torch.device(device).type)
+    check_device(config, torch.device(device).type)
     check_trackers(config.trackers)
     if [one.name for one in labels] != [one.name for one in config.supervision.labels]:
         raise ValueError("labels are not those of supervision.labels")
     device = torch.device(device)
     run = Run(config, Path(run_dir), dataset_fingerprint, rank, world, device, bands_digest, tuple(labels))
-    with fixed_compute(run), ExitStack() as stack:
+    with fixed_compute(device, config.threads), ExitStack() as stack:
         state = build_state(run)
         start, attempt = resume(run, state)
         step = start
@@ -122,6 +122,7 @@ def train(
         stack.callback(meter.close)
         online = open_online(run) if start < config.max_steps else None
         stopping = False
+        collect = stack.enter_context(scheduled_collection(config.gc_every_steps))
         while step < config.max_steps and not stopping:
             with meter.waiting():
                 batch = next_batch(step)
@@ -148,6 +149,7 @@ def train(
                 stopping = meter.settle(should_stop is not None and should_stop())
             if saving or stopping:
                 save(run, state, step, attempt)
+            collect(step)
         finished = step >= config.max_steps
         was_complete = start >= config.max_steps
         encoder = export(run, state, step, attempt, again=not was_complete) if finished else None
@@ -159,14 +161,10 @@ def build_state(run: Run) -> TrainState:
     config = run.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model: nn.Module = build_model(config, run.labels)
-    on_gpu = run.device.type == "cuda"
-    model.to(run.device).train()
-    if on_gpu:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config.optim)
-    if run.world > 1:
-        model = in_parallel(model, run.device)
+        network = build_model(config, run.labels)
+    prepare_network(network, config.model, run.device, run.world)
+    optimizer = build_optimizer(network, config.optim)
+    model = network if run.world == 1 else in_parallel(network, run.device)
     precision = build_precision(config.precision, run.device)
     return TrainState(model, optimizer, build_queue(config, run.device), PrototypeUse(), precision)
 
@@ -327,9 +325,7 @@ def to_device(run: Run, batch: "Batch") -> list[Tensor]:
         raise ValueError(f"batch {batch.step} is not as configured: {[c.shape for c in batch.crops]}")
     crops = []
     for array in batch.crops:
-        crop = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        if run.device.type == "cuda":
-            crop = crop.pin_memory().to(run.device, non_blocking=True)
+        crop = upload(array, run.device)
         crops.append(crop.unsqueeze(2).expand(-1, -1, config.model.in_channels, -1, -1))
     return crops
 
@@ -338,31 +334,4 @@ def labels_to_device(run: Run, batch: "Batch") -> dict[str, Tensor]:
     """A batch's labels. Raises ValueError where they are of other sets."""
     if list(batch.labels) != [one.name for one in run.labels]:
         raise ValueError(f"batch {batch.step} has the labels {list(batch.labels)}")
-    return {
-        name: torch.from_numpy(np.require(values, requirements=["C", "W"])).to(run.device, non_blocking=True)
-        for name, values in batch.labels.items()
-    }
-
-
-@contextmanager
-def fixed_compute(run: Run) -> Iterator[None]:
-    """On a CPU: config.threads threads and deterministic kernels only, because both decide the last bits."""
-    if run.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        yield
-        return
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    debugging: Any = torch.utils.deterministic
-    fills = debugging.fill_uninitialized_memory
-    torch.set_num_threads(run.config.threads)
-    torch.use_deterministic_algorithms(True)
-    debugging.fill_uninitialized_memory = False  # costs time and changes no result of ours
-    try:
-        with warnings.catch_warnings():
-            # DDP: 1x1 kernels have several layouts that are all contiguous; nothing to be done about it.
-            warnings.filterwarnings("ignore", "Grad strides do not match")
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
-        debugging.fill_uninitialized_memory = fills
+    return {name: upload(values, run.device) for name, values in batch.labels.items()}

@@ -144,17 +144,6 @@ def test_a_loss_that_is_not_finite_on_a_logged_step_is_told_as_such(tmp_path, ev
         run(tmp_path, config)
 
 
-def _synced_rank(rank: int, world: int, run_dir: str) -> str:
-    with pytest.raises(UserError) as caught:
-        run(Path(run_dir), tiny(model__sync_batchnorm=True), rank=rank, world=world)
-    return str(caught.value)
-
-
-def test_synchronised_batchnorm_on_cpu_ranks_is_refused(tmp_path):
-    for text in run_ranks(_synced_rank, 2, str(tmp_path)):
-        assert text.startswith("model.sync_batchnorm=true needs GPUs")
-
-
 def test_settings_that_change_no_sample_may_change_on_resume(tmp_path, straight):
     run(tmp_path, should_stop=stop_after(4))
     run(

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from trainer.config import ModelConfig
 from trainer.models.encoders import build_encoder, feature_dim
 from trainer.models.heads import projection_head
+from trainer.models.layout import channels_last
 
 
 class Output(NamedTuple):
@@ -32,13 +33,10 @@ class Embedder(nn.Module):
     def __init__(self, model: ModelConfig, groups: Sequence[str]) -> None:
         super().__init__()
         self.groups = tuple(groups)
-        backbone = build_encoder(model.backbone, model.in_channels, model.backbone_options)
-        head = projection_head(feature_dim(backbone), model.hidden_dim, model.feature_dim)
-        if model.sync_batchnorm:
-            backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
-            head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
-        self.backbone: nn.Module = backbone
-        self.projection_head: nn.Module = head
+        self.backbone: nn.Module = build_encoder(model.backbone, model.in_channels, model.backbone_options)
+        self.projection_head: nn.Module = projection_head(
+            feature_dim(self.backbone), model.hidden_dim, model.feature_dim
+        )
         self.label_heads = nn.ModuleDict()
 
     def forward(self, crops: Sequence[Tensor], sizes: Sequence[int] | None = None) -> Output:
@@ -67,7 +65,7 @@ class Embedder(nn.Module):
         for shape in shapes:
             members = [i for i, c in enumerate(crops) if c.shape[2:] == shape]
             flat = [_to_float(crops[i].flatten(0, 1)) for i in members]
-            out = self.backbone(flat[0] if len(flat) == 1 else torch.cat(flat))
+            out = self.backbone(channels_last(flat[0] if len(flat) == 1 else torch.cat(flat)))
             for i, part in zip(members, out.split([len(f) for f in flat]), strict=True):
                 pooled[i] = part
         return torch.cat(pooled)

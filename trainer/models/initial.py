@@ -24,6 +24,8 @@ from shards.errors import UserError
 from trainer.config import ModelConfig, TrainConfig
 from trainer.models import libraries
 from trainer.models.encoders import build_encoder, check_encoder
+from trainer.models.recompute import find_blocks
+from trainer.models.syncbn import synchronise
 
 _SHOWN = 12
 _SUMMED_FROM = 3  # channels
@@ -76,6 +78,10 @@ def check_model(config: TrainConfig) -> list[str]:
     encoder = build_encoder(model.backbone, model.in_channels, model.backbone_options)
     if foreign:
         check_encoder(encoder, model.backbone, model.in_channels, [c.size for c in config.views.crops])
+        if model.sync_batchnorm != "off":
+            synchronise(encoder, None)
+        if model.activation_checkpointing:
+            find_blocks(encoder)
     found = load_initial(encoder, model)
     return [] if found is None else found.lines()
 

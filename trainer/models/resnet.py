@@ -7,8 +7,9 @@ features are 4096 or 8192; torchvision's wide_resnet50_2 widens only the middle 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from trainer.models.layout import channels_last
 
 _DEPTHS: dict[str, tuple[bool, tuple[int, ...], int]] = {  # bottleneck blocks?, blocks per stage, widening
     "resnet18": (False, (2, 2, 2, 2), 1),
@@ -97,7 +98,7 @@ class ResNet(nn.Module):
         self._initialise()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(_channels_last(x)))))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(channels_last(x)))))
         for name in self.stages:
             x = getattr(self, name)(x)
         return x.mean(dim=(2, 3))
@@ -125,15 +126,3 @@ def _shortcut(in_width: int, out_width: int, stride: int) -> nn.Sequential | Non
     if stride == 1 and in_width == out_width:
         return None
     return nn.Sequential(nn.Conv2d(in_width, out_width, 1, stride, bias=False), nn.BatchNorm2d(out_width))
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Activations follow the layout of the input; channels last is 30 % faster for resnet-tiny on a CPU.
-
-    An image of one channel is both layouts at once and keeps the strides of the wrong one, so they are set.
-    """
-    x = x.contiguous(memory_format=torch.channels_last)
-    _, channels, rows, columns = x.shape
-    if channels > 1:
-        return x
-    return x.as_strided(x.shape, (rows * columns, 1, columns, 1))
