@@ -91,7 +91,7 @@ def test_a_function_of_the_user_is_a_backbone_with_its_options(own):
     )
     swav = MultiModalSwav(model, tiny().swav, ("ct", "xr"))
     check_encoder(swav.backbone, model.backbone, 2, (16, 8))
-    features, _ = swav([torch.rand(2, 4, 2, 16, 16), torch.rand(2, 4, 2, 8, 8)])
+    features = swav([torch.rand(2, 4, 2, 16, 16), torch.rand(2, 4, 2, 8, 8)]).features
     assert features.shape == (4, 4, 4) and swav.backbone.feature_dim == 5
 
 
