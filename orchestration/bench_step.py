@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from orchestration.bench import MINIMUM_TURNS, Figure, figure, take_turns
 from orchestration.bench_reference import ReferenceStep
+from trainer.compute import prepare_network
 from trainer.config import TrainConfig, load_config
 from trainer.loop import in_parallel
 from trainer.optim import build_optimizer
@@ -100,7 +101,7 @@ def _sides(config: TrainConfig, ranks: int = 1) -> dict[str, Callable[[], Tensor
     torch.manual_seed(0)
     core = MultiModalSwav(config.model, config.swav, config.data.modalities).train()
     reference = ReferenceStep(copy.deepcopy(core), config, ranks > 1)
-    core.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    prepare_network(core, config.model, torch.device("cpu"), world=1)
     model = in_parallel(core, torch.device("cpu")) if ranks > 1 else core
     optimizer, crops = build_optimizer(model, config.optim), _crops(config, ranks)
     group = distributed.group.WORLD if ranks > 1 else None
