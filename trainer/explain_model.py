@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.build import build_model
-from trainer.config import OWN_BACKBONES, ModelConfig, TrainConfig
+from trainer.config import OWN_BACKBONES, TrainConfig
 from trainer.labels import LabelSet
 
 _IMAGES = 2  # of each group: batch norm needs more than one
@@ -33,9 +33,6 @@ class ModelCost:
 def measure_model(config: TrainConfig, labels: Sequence[LabelSet] = ()) -> ModelCost:
     """Our backbones are never allocated nor run; others are, on two images of each group."""
     ours = config.model.backbone in OWN_BACKBONES
-    # Synchronised batch norm costs the same, and runs on GPUs only.
-    alone = config.model.model_copy(update={"sync_batchnorm": ModelConfig().sync_batchnorm})
-    config = config.model_copy(update={"model": alone})
     with torch.random.fork_rng(devices=[]), FakeTensorMode() if ours else nullcontext():
         model = build_model(config, labels)
         images = _IMAGES * len(model.groups)

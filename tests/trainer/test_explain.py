@@ -159,7 +159,7 @@ def test_micro_batches_go_forward_twice_but_for_one_and_labels_have_heads(root):
     [
         ["method=simclr", "swav={}", "views.crops=[{count: 2, size: 40}]"],
         ["model.backbone=torchvision:resnet18", "views.crops=[{count: 2, size: 32}]"],
-        ["model.sync_batchnorm=true", "swav.groups=shared"],
+        ["model.sync_batchnorm=global", "swav.groups=shared"],
         ["data.sampling=temperature", "data.sampling_temperature=2"],
     ],
 )
