@@ -38,7 +38,7 @@ def expected(dataset, run, group) -> dict[str, tuple[int, float]]:
         size = settings.views.whole_image_size
         keys, images, _ = eval_images(dataset, modality, size, settings.data.intensity)
         with torch.inference_mode():
-            z = model.embed([torch.from_numpy(images)[None]])[0]
+            (z,), _ = model.embed([torch.from_numpy(images)[None]])
             scores = (z @ model.prototypes[group or modality].weight.T).numpy()
         answer |= {k: (int(s.argmax()), 1 - float(s.max())) for k, s in zip(keys, scores, strict=True)}
     return answer

@@ -200,10 +200,11 @@ def test_a_collector_that_was_off_or_frozen_by_others_is_left_so():
     gc.disable()
     gc.freeze()
     try:
-        before = collector()
+        enabled, frozen = collector()
         with scheduled_collection(1):
             pass
-        assert collector() == before
+        # What others froze stays frozen, but for objects that went meanwhile: an unfreeze would leave none.
+        assert collector()[0] == enabled and collector()[1] > 0.9 * frozen > 0
     finally:
         gc.unfreeze()
         gc.enable()
