@@ -176,7 +176,7 @@ def compare(
 ) -> None:
     """Pretraining methods side by side on labelled images: train, judge, table. Run again, it goes on.
 
-    Example: medswav compare experiments/labelled.yaml --data IMAGES --out COMPARISON
+    Example: medswav compare docs/experiments/labelled.yaml --data IMAGES --out COMPARISON
     """
     from orchestration.compare import compare
     from orchestration.compare_plan import load_plan

@@ -78,7 +78,9 @@ class Plan(_Strict):
 def load_plan(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Plan:
     """A plan file with `a.b=value` overrides, of its arms those named by `only`. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"the plan {path} does not exist: give a YAML file such as experiments/labelled.yaml")
+        raise UserError(
+            f"the plan {path} does not exist: give a YAML file such as docs/experiments/labelled.yaml"
+        )
     try:
         tree: Any = yaml.safe_load(path.read_text())
     except yaml.YAMLError:
