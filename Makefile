@@ -1,12 +1,13 @@
 # make demo: set everything up and run the whole path on generated data
 # make test: set everything up and pass the tests
+# make chaos: the long campaigns, which `make test` leaves out
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO ?= demo
 
-.PHONY: demo test lint install clean
+.PHONY: demo test chaos lint install clean
 .DELETE_ON_ERROR:
 
 install: $(READY)
@@ -29,8 +30,12 @@ lint: install
 
 # Two processes share the files of tests; Ray's share one cluster, and have the machine to themselves.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not ray'
-	$(BIN)/pytest -m ray
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not ray and not chaos'
+	$(BIN)/pytest -m 'ray and not chaos'
+
+# Campaigns of kills, of three nodes and of scale: they take an hour or so.
+chaos: install
+	$(BIN)/pytest -m chaos
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
