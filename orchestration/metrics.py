@@ -74,6 +74,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("medswav_train_samples_total", "counter", "images trained on, all ranks"),
     Metric("medswav_train_loss", "gauge", "swapped-prediction loss", ("modality",)),
     Metric("medswav_train_loss_minus_ln_k", "gauge", "loss less ln K; 0: nothing learned", ("modality",)),
+    Metric(
+        "medswav_train_loss_minus_chance",
+        "gauge",
+        "the same of SimCLR, whose chance is ln(2N - 1)",
+        ("modality",),
+    ),
+    Metric("medswav_train_loss_supervised", "gauge", "hybrid: sum over the label tables, without beta"),
     Metric("medswav_train_target_entropy", "gauge", "entropy of the codes in nats", ("modality",)),
     Metric("medswav_train_target_perplexity", "gauge", "exp of the entropy of the codes", ("modality",)),
     Metric("medswav_train_prediction_entropy", "gauge", "entropy of the predictions in nats", ("modality",)),
@@ -112,6 +119,7 @@ ALL = "all"
 _PER_MODALITY = {
     "loss": "loss",
     "loss_minus_ln_k": "loss_minus_ln_k",
+    "loss_minus_chance": "loss_minus_chance",
     "target_entropy": "target_entropy",
     "target_perplexity": "target_perplexity",
     "prediction_entropy": "prediction_entropy",
@@ -169,9 +177,12 @@ def observe_step(metrics: Metrics, step: Mapping[str, float]) -> None:
             metrics.set(f"medswav_train_{_PER_MODALITY[parts[2]]}", value, modality=parts[1])
         if len(parts) == 3 and parts[0] == "online" and parts[2] in ("knn_auc", "linear_auc"):
             metrics.set(f"medswav_train_online_{parts[2]}", value, modality=parts[1])
-    for name in ("loss", "loss_minus_ln_k"):
+    for name in ("loss", "loss_minus_ln_k", "loss_minus_chance"):
         if name in step:
             metrics.set(f"medswav_train_{name}", step[name], modality=ALL)
+    supervised = [value for key, value in step.items() if key.startswith("loss_supervised/")]
+    if supervised:
+        metrics.set("medswav_train_loss_supervised", sum(supervised))
     if "learning_rate" in step:
         metrics.set("medswav_train_learning_rate", step["learning_rate"])
     if "step" in step:

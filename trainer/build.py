@@ -10,6 +10,7 @@ from trainer.config import TrainConfig
 from trainer.labels import LabelSet, from_json
 from trainer.models.embedder import Embedder
 from trainer.models.encoders import feature_dim
+from trainer.models.heads import label_head
 from trainer.swav.model import MultiModalSwav
 
 
@@ -22,10 +23,13 @@ def build_model(config: TrainConfig, labels: Sequence[LabelSet] = ()) -> Embedde
         model = Embedder(config.model, config.groups)
     else:
         model = MultiModalSwav(config.model, config.swav, config.data.modalities)
+    reads = {one.name: one.reads for one in config.supervision.labels}
     for one in labels:
         if hasattr(nn.ModuleDict, one.name):
             raise UserError(f"labels called {one.name!r} cannot be trained on: store them under another name")
-        model.label_heads[one.name] = nn.Linear(feature_dim(model.backbone), len(one.classes))
+        dims, own = (feature_dim(model.backbone), config.model.feature_dim), reads.get(one.name, "pooled")
+        model.label_heads[one.name] = label_head(*dims, len(one.classes), own)
+        model.head_reads[one.name] = own
     return model
 
 

@@ -42,13 +42,16 @@ class LabelSetConfig(Strict):
     """A label table of the dataset, DATASET/labels/<name>.parquet (`ingest label`), with a head of its own.
 
     kind: `classes`, one of several (cross-entropy), or `multi`, any of several (binary cross-entropy, entries
-    may be unknown one by one). modalities: whose labels count; none named: all.
+    may be unknown one by one). modalities: whose labels count; none named: all. reads: what g is linear in,
+    the pooled features of the backbone (`pooled`, intermediate), the unit features behind the projection head
+    (`projected`, the output), or `both` side by side.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     kind: Literal["classes", "multi"] = "classes"
     beta: float = Field(default=1.0, ge=0)
     modalities: tuple[str, ...] = ()
+    reads: Literal["pooled", "projected", "both"] = "pooled"
 
 
 class SupervisionConfig(Strict):

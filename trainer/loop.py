@@ -286,7 +286,7 @@ def export(run: Run, state: TrainState, step: int, attempt: Attempt, *, again: b
             info = encoder_info(run.config, step, run.dataset_fingerprint)
             core = unwrap(state.model)
             if run.labels:
-                save_heads(run.folder / HEADS_FILE, core.label_heads, run.labels, info)
+                save_heads(run.folder / HEADS_FILE, core, run.labels, info)
             save_encoder(path, core.backbone, info)
         return {}
 

@@ -103,8 +103,7 @@ def diagnose(
 ) -> dict[str, Tensor]:
     """Of a step, over all ranks: loss, what it is made of, and m/<group>/<diagnostic>."""
     if config.method == "simclr":
-        sizes = [z.shape[1] for z in outcome.features]
-        found = contrastive_diagnostics(outcome.losses, sizes, config.data.batch_size, group)
+        found = contrastive_diagnostics(outcome.losses, outcome.features, config.data.batch_size, group)
         below, chance = "loss_minus_chance", chance_loss(config.data.batch_size)
     else:
         found = modality_diagnostics(

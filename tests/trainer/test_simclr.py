@@ -72,6 +72,7 @@ def test_negatives_over_ranks_give_the_loss_and_gradients_of_one_process():
         for name, value in metrics.items():
             assert told[name] == pytest.approx(value, abs=1e-6), name
     assert {"m/ct/loss", "m/xr/loss", "loss_minus_chance"} <= metrics.keys()
+    assert {"m/ct/feature_std", "m/xr/effective_rank"} <= metrics.keys()
 
 
 def test_images_that_all_look_alike_have_the_loss_of_chance():

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from shards.errors import UserError
 from tests.dist import run_ranks
 from tests.trainer.fake import FINGERPRINT, FakeBatches, fake_sets, tiny
-from trainer import journal
-from trainer.build import build_model
+from trainer import checkpoint, journal
+from trainer.build import build_model, restored
 from trainer.config import SupervisionConfig, TrainConfig
 from trainer.export import load_encoder
 from trainer.export_heads import load_heads
@@ -146,7 +146,7 @@ def test_weights_of_zero_are_plain_swav_exactly(tmp_path):
 
 
 def test_a_hybrid_run_goes_on_exactly_and_gives_its_heads(tmp_path):
-    config, seen = hybrid(), []
+    config, seen = hybrid([SETS[0], {**SETS[1], "reads": "both"}]), []
     straight = run(tmp_path / "straight", config, on_metrics=seen.append)
     run(tmp_path / "stopped", config, stop_at=5)
     changed = tuple(LabelSet(s.name, s.kind, s.classes, f"not {s.digest}") for s in fake_sets(config))
@@ -163,7 +163,27 @@ def test_a_hybrid_run_goes_on_exactly_and_gives_its_heads(tmp_path):
         ("finding", "classes", ("a", "b", "c")),
         ("signs", "multi", ("a", "b", "c")),
     ]
-    assert heads["signs"].linear(encoder(torch.rand(2, 1, 16, 16))).shape == (2, 3)
+    images = torch.rand(2, 1, 16, 16)
+    assert heads["finding"].logits(encoder(images)).shape == (2, 3)
+    # The exported head and encoder give what the network of the checkpoint gives.
+    saved = checkpoint.newest(tmp_path / "straight")
+    _, core = restored(saved.state, saved.part("model"))
+    core.eval()
+    of_run = core([images.unsqueeze(0)] * len(config.views.crops), None).logits["signs"][0]
+    assert torch.allclose(heads["signs"].logits(encoder(images)), of_run, atol=1e-6)
+    assert heads["signs"].linear.in_features == encoder.feature_dim + config.model.feature_dim
+
+
+@pytest.mark.parametrize("reads", ["pooled", "projected", "both"])
+def test_a_head_learns_from_what_it_reads(reads):
+    config = hybrid([{**SETS[0], "reads": reads}])
+    torch.manual_seed(0)
+    core = build_model(config, fake_sets(config)[:1])
+    out = core([torch.rand(2, 4, 1, 16, 16)] * len(config.views.crops))
+    out.logits["finding"].square().sum().backward()
+    reached = core.projection_head[3].weight.grad is not None
+    assert reached is (reads != "pooled") and core.label_heads["finding"].weight.grad is not None
+    assert next(core.backbone.parameters()).grad is not None
 
 
 def test_settings_without_labels_or_for_strangers_are_refused():

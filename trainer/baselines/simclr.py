@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 
 from trainer.swav.collectives import gather_with_gradient, rank_and_world, sum_over_ranks
+from trainer.swav.diagnostics import feature_diagnostics, feature_sums
 
 
 def nt_xent(features: Tensor, temperature: float, group: ProcessGroup | None = None) -> Tensor:
@@ -37,16 +38,26 @@ def nt_xent(features: Tensor, temperature: float, group: ProcessGroup | None = N
 
 @torch.no_grad()
 def contrastive_diagnostics(
-    losses: Sequence[Tensor], sizes: Sequence[int], n_images: int, group: ProcessGroup | None = None
+    losses: Sequence[Tensor], features: Sequence[Tensor], n_images: int, group: ProcessGroup | None = None
 ) -> list[dict[str, Tensor]]:
-    """For each group of images scalars over all ranks: loss, and loss_minus_chance. losses: scalars, of
-    this rank's `sizes` images; n_images: N of all ranks."""
-    own = torch.stack(
-        [torch.stack([loss * n, loss.new_tensor(n)]) for loss, n in zip(losses, sizes, strict=True)]
-    )
-    sums, images = sum_over_ranks(own, group).unbind(dim=1)
-    means = sums / images.clamp_min(1)
-    return [{"loss": loss, "loss_minus_chance": loss - chance_loss(n_images)} for loss in means.unbind()]
+    """For each group of images scalars over all ranks: loss, loss_minus_chance, feature_std and
+    effective_rank. losses: scalars, of this rank's images, whose unit features are [2, n, F]; n_images: N of
+    all ranks."""
+    f = features[0].shape[2]
+    own = [_sums(loss, z.float()) for loss, z in zip(losses, features, strict=True)]
+    return [_summary(total, f, n_images) for total in sum_over_ranks(torch.stack(own), group)]
+
+
+def _sums(loss: Tensor, z: Tensor) -> Tensor:
+    images = z.new_full((), z.shape[1])
+    return torch.cat([torch.stack([loss.float() * images, images]), feature_sums(z.flatten(0, 1))])
+
+
+def _summary(total: Tensor, f: int, n_images: int) -> dict[str, Tensor]:
+    images = total[1].clamp_min(1)
+    loss = total[0] / images
+    spread = feature_diagnostics(total[2:], 2 * images, f)
+    return {"loss": loss, "loss_minus_chance": loss - chance_loss(n_images), **spread}
 
 
 def chance_loss(n_images: int) -> float:

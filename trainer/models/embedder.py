@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from trainer.config import ModelConfig
 from trainer.models.encoders import build_encoder, feature_dim
-from trainer.models.heads import projection_head
+from trainer.models.heads import head_input, projection_head
 from trainer.models.layout import channels_last
 
 
@@ -25,7 +25,8 @@ class Output(NamedTuple):
 
 
 class Embedder(nn.Module):
-    """`backbone` and `projection_head`; `label_heads`, a Linear on pooled features for each set of labels.
+    """`backbone` and `projection_head`; `label_heads`, a Linear for each set of labels, and of each what it
+    reads (LabelSetConfig.reads; not named: pooled features).
 
     groups: names of the parts of a batch, for metrics.
     """
@@ -38,6 +39,7 @@ class Embedder(nn.Module):
             feature_dim(self.backbone), model.hidden_dim, model.feature_dim
         )
         self.label_heads = nn.ModuleDict()
+        self.head_reads: dict[str, str] = {}
 
     def forward(self, crops: Sequence[Tensor], sizes: Sequence[int] | None = None) -> Output:
         """crops: per crop group [count, n, C, *spatial], float in [0, 1] or uint8; images are
@@ -53,8 +55,11 @@ class Embedder(nn.Module):
         z = normalize(self.projection_head(pooled).float(), dim=1).unflatten(0, (-1, n))
         if not self.label_heads:
             return z, {}
-        large = _large(pooled.unflatten(0, (-1, n)), crops)
-        return z, {name: head(large).float() for name, head in self.label_heads.items()}
+        large, large_z = _large(pooled.unflatten(0, (-1, n)), crops), _large(z, crops)
+        logits = {}
+        for name, head in self.label_heads.items():
+            logits[name] = head(head_input(large, large_z, self.head_reads.get(name, "pooled"))).float()
+        return z, logits
 
     def _pool(self, crops: Sequence[Tensor]) -> Tensor:
         """One backbone forward per crop shape: batch-norm statistics are those of all crops of a

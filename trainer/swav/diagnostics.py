@@ -56,19 +56,14 @@ def _sums(loss: Tensor, features: Tensor, scores: Tensor, codes: Tensor, *, temp
             -(p * log_p).sum(),
         ]
     )
-    return torch.cat([scalars, p.sum(0), z.sum(0), (z.T @ z).flatten()])
+    return torch.cat([scalars, p.sum(0), feature_sums(z)])
 
 
 def _summary(total: Tensor, k: int, f: int) -> dict[str, Tensor]:
     samples, loss, views, coded, target_entropy, prediction_entropy = total[:6].clamp_min(0).unbind()
-    use, mean, moment = total[6:].split([k, f, f * f])
     views, coded = views.clamp_min(1), coded.clamp_min(1)
-    use, mean, moment = use / views, mean / views, moment.view(f, f) / views
+    use = total[6 : 6 + k] / views
     loss = loss / samples.clamp_min(1)
-    # Not finite: the loss tells, the decomposition must not fail before it does.
-    eigenvalues = torch.linalg.eigvalsh(moment.double().nan_to_num(0, 0, 0)).clamp_min(0)
-    spectrum = eigenvalues / eigenvalues.sum().clamp_min(1e-12)
-    variance = (moment.diagonal() - mean.square()).clamp_min(0)
     return {
         "loss": loss,
         "loss_minus_ln_k": loss - math.log(k),
@@ -78,6 +73,23 @@ def _summary(total: Tensor, k: int, f: int) -> dict[str, Tensor]:
         "prediction_entropy": prediction_entropy / views,
         **use_diagnostics(use),
         "use": use,
+        **feature_diagnostics(total[6 + k :], views, f),
+    }
+
+
+def feature_sums(z: Tensor) -> Tensor:
+    """Of features [n, F] all that `feature_diagnostics` needs, [F + F * F]; sums of parts may be added."""
+    return torch.cat([z.sum(0), (z.T @ z).flatten()])
+
+
+def feature_diagnostics(sums: Tensor, n: Tensor, f: int) -> dict[str, Tensor]:
+    """feature_std and effective_rank of n unit features of length f, from their feature_sums."""
+    mean, moment = sums[:f] / n, sums[f:].view(f, f) / n
+    # Not finite: the loss tells, the decomposition must not fail before it does.
+    eigenvalues = torch.linalg.eigvalsh(moment.double().nan_to_num(0, 0, 0)).clamp_min(0)
+    spectrum = eigenvalues / eigenvalues.sum().clamp_min(1e-12)
+    variance = (moment.diagonal() - mean.square()).clamp_min(0)
+    return {
         # times sqrt(F): 1 for features spread over the sphere, 0 for one point
         "feature_std": variance.sqrt().mean() * math.sqrt(f),
         # exp of the entropy of the spectrum of E[z z^T], uncentred so that one point gives exactly 1
