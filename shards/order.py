@@ -3,9 +3,15 @@
 A permutation of [0, n) is a keyed Feistel network on the smallest power of two that holds n, walked along its
 cycles until it lands inside (Black and Rogaway, Ciphers with arbitrary finite domains, 2002).
 Bijective for every key by construction, fresh for every pass, and any worker can compute any place of it.
+
+With Blocks, samples are numbered as they lie (shard after shard). Blocks of neighbours are permuted, and
+the samples of a group of blocks are shuffled with each other: draws near each other lie in few places.
+`lane_draws` gives each of several lanes (virtual ranks) a run of draws of its own: a lane reads one group at
+a time, while a batch takes its samples from as many groups as there are lanes.
 """
 
 import hashlib
+from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
@@ -69,6 +75,87 @@ def permute(position: int | NDArray, n: int, key: int | NDArray[np.uint64]) -> i
     return int(result) if isinstance(position, int) else result
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """`samples` neighbours are a block, `per_group` blocks of a pass are shuffled with each other."""
+
+    samples: int
+    per_group: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.per_group < 1:
+            raise ValueError("a block has at least one sample and a group at least one block")
+
+    @property
+    def window(self) -> int:
+        """Samples of a group."""
+        return self.samples * self.per_group
+
+    def shuffle_all(self, n: int) -> bool:
+        """Whether one group holds all n samples: then the order is a permutation of single samples."""
+        return self.window >= n
+
+
+def permute_blocks(position: NDArray, n: int, key: NDArray[np.uint64], blocks: Blocks) -> NDArray[np.int64]:
+    """As `permute`, by blocks: positions of one group of blocks.window have their images in its blocks.
+
+    position, key: 1-D, int64 and uint64. The last block may be ragged: the permutation is one of all whole
+    blocks, and the fewer than blocks.samples positions that fall behind n walk on along their cycles, away
+    from their group. The last group may have fewer blocks.
+    """
+    if blocks.shuffle_all(n):
+        return permute(position, n, key)
+    if position.size and (position.min() < 0 or position.max() >= n):
+        raise ValueError(f"positions must be in [0, {n})")
+    count = -(-n // blocks.samples)
+    out = _by_blocks(position, count, key, blocks)
+    outside = np.flatnonzero(out >= n)
+    while outside.size:
+        out[outside] = _by_blocks(out[outside], count, key[outside], blocks)
+        outside = outside[out[outside] >= n]
+    return out
+
+
+def _by_blocks(position: NDArray, count: int, key: NDArray[np.uint64], blocks: Blocks) -> NDArray[np.int64]:
+    """The keyed bijection on [0, count * blocks.samples): within groups, then of the blocks."""
+    group, inside = np.divmod(position, blocks.window)
+    keys = _mix(key ^ _mix((group.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)))
+    rest = count % blocks.per_group
+    last = group == count // blocks.per_group if rest else np.zeros(len(group), bool)
+    shuffled = np.empty(len(position), np.int64)
+    for which, size in ((~last, blocks.window), (last, rest * blocks.samples)):
+        if which.any():
+            shuffled[which] = permute(inside[which], size, keys[which])
+    block, offset = np.divmod(shuffled, blocks.samples)
+    return permute(group * blocks.per_group + block, count, key) * blocks.samples + offset
+
+
+def lane_draws(draw: NDArray, per_step: int, lanes: int, steps: int) -> NDArray[np.int64]:
+    """The draws that steps take, where each lane has runs of consecutive ones.
+
+    Step t takes the draws [t * per_step, (t + 1) * per_step), lane v the v-th of `lanes` equal parts of them.
+    Of the draws of `steps` steps lane v is given the v-th part, in order: a bijection on every such window,
+    and the identity for one step or one lane. Raises ValueError where lanes do not divide per_step.
+    """
+    if per_step % lanes or steps < 1:
+        raise ValueError(f"{lanes} lanes cannot share {per_step} draws equally")
+    part = per_step // lanes
+    window, inside = np.divmod(np.asarray(draw, np.int64), per_step * steps)
+    step, inside = np.divmod(inside, per_step)
+    lane, place = np.divmod(inside, part)
+    return window * (per_step * steps) + lane * (part * steps) + step * part + place
+
+
+def lane_steps(n: int, per_step: int, lanes: int, blocks: Blocks) -> int:
+    """Steps in which a lane reads a whole group, but no more than a pass over n samples has.
+
+    1, which leaves all draws where they are, where a group holds everything: then no place is near another.
+    """
+    if blocks.shuffle_all(n):
+        return 1
+    return max(1, min(blocks.window * lanes // per_step, n // per_step))
+
+
 def pass_keys(seed: int, modality: str, pass_number: NDArray) -> NDArray[np.uint64]:
     """The permutation key of each pass: uint64 of the shape of pass_number."""
     text = f"order\0{seed}\0{modality}".encode()
@@ -79,24 +166,29 @@ def pass_keys(seed: int, modality: str, pass_number: NDArray) -> NDArray[np.uint
 
 
 @overload
-def sample_at(draw: int, n: int, seed: int, modality: str) -> tuple[int, int]: ...
+def sample_at(
+    draw: int, n: int, seed: int, modality: str, blocks: Blocks | None = None
+) -> tuple[int, int]: ...
 @overload
 def sample_at(
-    draw: NDArray, n: int, seed: int, modality: str
+    draw: NDArray, n: int, seed: int, modality: str, blocks: Blocks | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 def sample_at(
-    draw: int | NDArray, n: int, seed: int, modality: str
+    draw: int | NDArray, n: int, seed: int, modality: str, blocks: Blocks | None = None
 ) -> tuple[int, int] | tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(index, pass number) of the draw-th sample taken from a modality of n samples.
 
     draw: running number of draws of that modality, int or integer array, >= 0; pass = draw // n. Each pass
-    is its own permutation of all n samples. Raises ValueError for a negative draw or n < 1.
+    is its own permutation of all n samples, without `blocks` one of single samples. Raises ValueError for a
+    negative draw or n < 1.
     """
     draws = np.asarray(draw)
     if n < 1 or (draws.size and draws.min() < 0):
         raise ValueError("a draw is >= 0, of at least one sample")
     passes = (draws // n).astype(np.int64)
-    index = permute((draws % n).reshape(-1), n, pass_keys(seed, modality, passes).reshape(-1))
+    keys = pass_keys(seed, modality, passes).reshape(-1)
+    places = (draws % n).reshape(-1)
+    index = permute(places, n, keys) if blocks is None else permute_blocks(places, n, keys, blocks)
     if isinstance(draw, int):
         return int(index[0]), int(passes)
     return index.reshape(draws.shape), passes

@@ -23,7 +23,7 @@ from shards.dataset import read_info
 from shards.errors import UserError
 from shards.ids import digest
 from shards.objects import open_store
-from shards.order import sample_at
+from shards.order import Blocks, lane_draws, lane_steps, sample_at
 from shards.schema import is_volumes
 from shards.tar import ShardReader
 from trainer.augment import crops, views
@@ -66,10 +66,12 @@ def plan_batch(
 ) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """{modality: (catalogue indices, pass numbers)}, each int64[B / (M * world)], of a rank's part of a step.
 
-    Step t takes draws [t * B/M, (t + 1) * B/M) of every modality, whatever the world size; rank r holds the
-    r-th contiguous part of them. With data.sampling other than equal the numbers of draws are those of
-    trainer.sampling instead, and so are the ranks' parts. counts: samples of each modality. Raises ValueError
-    for a world size that does not divide B/M or B (check_world tells the user).
+    Step t takes draws [t * B/M, (t + 1) * B/M) of every modality, whatever the world size, each virtual rank
+    a contiguous part of them from a lane of its own (shards.order.lane_draws); rank r holds the r-th
+    contiguous part, which is whole virtual ranks. With data.sampling other than equal the numbers of draws
+    are those of trainer.sampling instead, so are the ranks' parts, and there are no lanes. counts: samples of
+    each modality. An index is a row of the table that `in_order` gives. Raises ValueError for a world size
+    that does not divide B/M or B (check_world tells the user).
     """
     if data.sampling != "equal":
         return _plan_unequal(step, counts, data, seed, rank, world)
@@ -78,7 +80,20 @@ def plan_batch(
         raise ValueError(f"rank {rank} of {world} cannot hold an equal part of {data.per_modality} images")
     first = step * data.per_modality + rank * share
     draws = np.arange(first, first + share, dtype=np.int64)
-    return {m: sample_at(draws, counts[m], seed, m) for m in data.modalities}
+    blocks = blocks_of(data)
+    found = {}
+    for m in data.modalities:
+        n = counts[m]
+        steps = lane_steps(n, data.per_modality, data.lanes, blocks) if blocks else 1
+        own = lane_draws(draws, data.per_modality, data.lanes, steps)
+        found[m] = sample_at(own, n, seed, m, blocks)
+    return found
+
+
+def blocks_of(data: DataConfig) -> Blocks | None:
+    """How samples are shuffled; None: one by one."""
+    order = data.order
+    return Blocks(order.block_samples, order.group_blocks) if order.layout == "blocks" else None
 
 
 def _plan_unequal(
@@ -89,7 +104,7 @@ def _plan_unequal(
     weights = sampling_weights(data, counts)
     parts = rank_parts(step, data.batch_size, weights, rank, world)
     return {
-        m: sample_at(np.arange(*part, dtype=np.int64), counts[m], seed, m)
+        m: sample_at(np.arange(*part, dtype=np.int64), counts[m], seed, m, blocks_of(data))
         for m, part in zip(data.modalities, parts, strict=True)
     }
 
@@ -171,7 +186,7 @@ class BatchMaker:
         if self._opened is None:
             cv2.setNumThreads(1)  # a batch is made by one thread; the cores belong to other workers
             data = self._config.data
-            opened = {m: open_modality(data, m) for m in data.modalities}
+            opened = {m: in_order(open_modality(data, m), data) for m in data.modalities}
             sampling_weights(data, {name: len(m) for name, m in opened.items()})  # can they be sampled so?
             if self._fingerprint is not None:  # after the rows are read: a dataset only ever grows
                 _check_fingerprint(data.dataset, self._fingerprint)
@@ -196,7 +211,7 @@ class BatchMaker:
 
 @dataclass(frozen=True)
 class Modality:
-    """The catalogue rows of one modality that are to be read, sorted by key; the index is the row number."""
+    """The catalogue rows of one modality that are to be read; the index is the row number."""
 
     name: str
     table: pa.Table
@@ -223,7 +238,7 @@ class Modality:
 
 
 def open_modality(data: DataConfig, name: str) -> Modality:
-    """The rows of a modality in the configured split. Raises UserError when there is none."""
+    """The rows of a modality in the configured split, sorted by key. Raises UserError when there is none."""
     if is_volumes(name):
         raise UserError(
             f"{name} holds volumes, training takes 2D images: set data.modalities to their slices"
@@ -237,6 +252,17 @@ def open_modality(data: DataConfig, name: str) -> Modality:
             f"set data.modalities or data.split to what it holds"
         )
     return modality
+
+
+def in_order(modality: Modality, data: DataConfig) -> Modality:
+    """The rows as the order of samples numbers them: as they lie in the shards, or by key.
+
+    The names of shards are digests of their content: the numbering is the same wherever a dataset lies.
+    """
+    if data.order.layout == "keys":
+        return modality
+    places = [("shard", "ascending"), ("offset", "ascending")]
+    return Modality(modality.name, modality.table.sort_by(places).combine_chunks())
 
 
 def dataset_fingerprint(root: str) -> str:

@@ -48,6 +48,8 @@ FREE_SETTINGS = (
     "trackers",
     "data.dataset",
     "data.cache_bytes",
+    "data.read_",
+    "data.node_cache",
     "model.compile",
     "model.activation_checkpointing",
 )
@@ -169,6 +171,9 @@ def check_same_run(
     Raises UserError naming what differs.
     """
     was, now = flat_settings(state["config"]), flat_settings(config.model_dump(mode="json"))
+    if "data.order.layout" not in was:  # it began before there were blocks: goes on with layout=keys only
+        was |= {n: value for n, value in now.items() if n.startswith("data.order.")}
+        was["data.order.layout"] = "keys"
     names = sorted(name for name in was.keys() | now.keys() if not name.startswith(FREE_SETTINGS))
     differs = [name for name in names if was.get(name) != now.get(name)]
     if differs:

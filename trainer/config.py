@@ -21,6 +21,7 @@ from shards.settings import apply_override
 from trainer.config_data import CropConfig as CropConfig
 from trainer.config_data import DataConfig as DataConfig
 from trainer.config_data import IntensityConfig as IntensityConfig
+from trainer.config_data import OrderConfig as OrderConfig
 from trainer.config_data import Range as Range
 from trainer.config_data import Strict
 from trainer.config_data import ViewConfig as ViewConfig
@@ -305,7 +306,14 @@ def text_setting(name: str, value: str | Path) -> str:
 
 def check_world(config: TrainConfig, world_size: int) -> None:
     """Refuse a world size that cannot hold equal parts of a batch (with sampling=equal: of each modality's
-    subset). Raises UserError."""
+    subset) or whole virtual ranks. Raises UserError."""
+    virtual = config.data.virtual_ranks
+    if virtual is not None and virtual % world_size:
+        fitting = [n for n in range(1, virtual + 1) if virtual % n == 0]
+        raise UserError(
+            f"{world_size} ranks cannot share data.virtual_ranks={virtual} equally: start "
+            f"{', '.join(map(str, fitting))} ranks, or begin a run with another data.virtual_ranks"
+        )
     if config.data.sampling != "equal":
         if config.data.batch_size % world_size:
             raise UserError(

@@ -27,8 +27,24 @@ class IntensityConfig(Strict):
         return self
 
 
+class OrderConfig(Strict):
+    """The order of samples (shards.order). `blocks`: samples as they lie in the shards, in blocks of
+    `block_samples` neighbours; `group_blocks` blocks are shuffled with each other, and a modality that has no
+    more samples than that is shuffled as a whole. `keys`: single samples by key, far from each other on disk,
+    as in runs that began before there were blocks; the two numbers are not used then.
+    """
+
+    layout: Literal["blocks", "keys"] = "blocks"
+    block_samples: int = Field(default=16, gt=0)
+    group_blocks: int = Field(default=64, gt=0)
+
+
 class DataConfig(Strict):
     """What is read. `batch_size` is global: of all ranks.
+
+    `virtual_ranks`: equal parts of a batch, which the ranks share; the batches are the same for every number
+    of ranks that divides it. None: as many as there are images of a modality in a batch (of all modalities,
+    where `sampling` is not equal). With `sampling=equal` each reads a group of blocks of its own at a time.
 
     `sampling` (method.md 3-E): `equal` puts batch_size/len(modalities) images of each modality in every batch
     of every rank; `proportional` follows the number of images of each; `temperature` follows their
@@ -42,12 +58,19 @@ class DataConfig(Strict):
     sampling: Literal["equal", "proportional", "temperature"] = "equal"  # open point E
     sampling_temperature: float | None = Field(default=None, ge=1)  # open point E
     intensity: dict[str, IntensityConfig] = {"ct": IntensityConfig(mode="recorded")}
+    order: OrderConfig = OrderConfig()
+    virtual_ranks: int | None = Field(default=None, gt=0)
     cache_bytes: int = Field(default=256 << 20, ge=0)  # decoded images and their bands, per worker process
 
     @property
     def per_modality(self) -> int:
         """B/M: images of one modality in a global batch, with sampling=equal."""
         return self.batch_size // len(self.modalities)
+
+    @property
+    def lanes(self) -> int:
+        """The virtual ranks: equal parts of a modality's subset (of the batch, with another sampling)."""
+        return self.virtual_ranks or (self.per_modality if self.sampling == "equal" else self.batch_size)
 
     @model_validator(mode="after")
     def _equal_subsets(self) -> "DataConfig":
@@ -63,6 +86,13 @@ class DataConfig(Strict):
             raise ValueError(
                 f"data.batch_size={self.batch_size} is no multiple of the {count} modalities: "
                 f"use {max(low, count)} or {low + count}"
+            )
+        shared = self.per_modality if self.sampling == "equal" else self.batch_size
+        if shared % self.lanes:
+            of = " of each modality" if self.sampling == "equal" else ""
+            raise ValueError(
+                f"data.virtual_ranks={self.lanes} does not divide the {shared} images{of} in a batch: use a "
+                f"divisor of {shared}"
             )
         return self
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from shards import catalog
 from shards.errors import UserError
+from shards.order import lane_steps
 from trainer.augment import crops
+from trainer.batches import blocks_of
 from trainer.config import CropConfig, TrainConfig, check_world, few_samples_warning
 from trainer.labels import LabelSet, label_sets
 from trainer.preset_files import preset_about
@@ -86,6 +88,7 @@ def explain(config: TrainConfig, world: int, preset: str) -> dict[str, Any]:
         "learning_rate": _learning_rate(config),
         "data": {"dataset": config.data.dataset or None, "images_from": known.source},
         "modalities": _modalities(config, known),
+        "order": _order(config, known),
         "labels": _labels(config, labels),
         "prototypes": _prototypes(config, known),
         "queue": queue,
@@ -163,6 +166,25 @@ def _modalities(config: TrainConfig, known: Known) -> dict[str, Any]:
         }
         for m, n in zip(config.data.modalities, drawn, strict=True)
     }
+
+
+def _order(config: TrainConfig, known: Known) -> dict[str, Any]:
+    """pool: images of a modality that are shuffled with each other at a time, of all virtual ranks together;
+    steps: in which a virtual rank draws from one group of blocks."""
+    data, blocks = config.data, blocks_of(config.data)
+    found: dict[str, Any] = {"layout": data.order.layout, "virtual_ranks": data.lanes, "modalities": {}}
+    if blocks is None:
+        return found
+    found |= {"block_samples": blocks.samples, "group_blocks": blocks.per_group}
+    for m, n in known.images.items():
+        lanes = data.lanes if data.sampling == "equal" else 1
+        steps = lane_steps(n, data.per_modality, lanes, blocks) if lanes > 1 else None
+        found["modalities"][m] = {
+            "whole": blocks.shuffle_all(n),
+            "pool": min(n, lanes * blocks.window),
+            "steps": None if blocks.shuffle_all(n) else steps,
+        }
+    return found
 
 
 def _labels(config: TrainConfig, known: Sequence[LabelSet]) -> dict[str, Any]:

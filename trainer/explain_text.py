@@ -24,6 +24,7 @@ def render(found: Mapping[str, Any]) -> str:
         _horizon,
         _learning_rate,
         _passes,
+        _order,
         _labels,
         _prototypes,
         _queue,
@@ -84,6 +85,26 @@ def _passes(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         passes = "?" if m["passes"] is None else _number(m["passes"])
         drawn = "?" if m["drawn"] is None else f"{m['drawn']:,}"
         yield "", f"{name}: {there} images, {drawn} drawn, {passes} passes"
+
+
+def _order(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    order = found["order"]
+    if order["layout"] == "keys":
+        yield "order", "keys: single images, shuffled as a whole"
+        return
+    samples, blocks = order["block_samples"], order["group_blocks"]
+    yield (
+        "order",
+        f"blocks of {samples:,} neighbours, {blocks:,} of them shuffled together; "
+        f"{order['virtual_ranks']:,} virtual ranks",
+    )
+    whole = [name for name, m in order["modalities"].items() if m["whole"]]
+    if whole:
+        yield "", f"{', '.join(whole)}: no more images than {samples * blocks:,}, shuffled as a whole"
+    for name, m in order["modalities"].items():
+        if not m["whole"]:
+            steps = "" if m["steps"] is None else f", a virtual rank in one group for {m['steps']:,} steps"
+            yield "", f"{name}: {m['pool']:,} images mixed at a time{steps}"
 
 
 def _labels(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
