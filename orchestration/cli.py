@@ -170,7 +170,7 @@ def compare(
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Arms at a time, each with one thread.")] = 2,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Cross-validate on train and val; touch no label of test.")
+        bool, typer.Option("--tune", help="Judge on a third of the patients of train; leave test out.")
     ] = False,
     set_: Settings = None,
 ) -> None:
@@ -182,7 +182,7 @@ def compare(
     from orchestration.compare_plan import load_plan
 
     chosen = load_plan(plan, set_ or [], arm or [])
-    raise typer.Exit(compare(chosen, data, out, judge="tune" if tune else "test", jobs=jobs))
+    raise typer.Exit(compare(chosen, data, out, tune=tune, jobs=jobs))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """`medswav compare`: arms x seeds on one dataset, judged by frozen features, as one table.
 
-OUT/dataset, OUT/runs/<job>, OUT/scores/<job>.json, OUT/results.json, OUT/results.md. Every job is processes
+OUT/dataset, OUT/runs/<job>, OUT/scores/<job>.json, OUT/results.json, OUT/results.md; below OUT/tune while
+settings are chosen, on patients of train in the place of test. Every job is processes
 of one thread each, `jobs` of them at a time; what is finished is kept, and a killed one goes on from its
 checkpoint: the same command again.
 """
@@ -28,9 +29,9 @@ from shards.ids import digest
 from shards.store import file_sha256
 from trainer import files, journal
 from trainer.config import TrainConfig
-from trainer.downstream.compare import Judge, markdown, summarise
+from trainer.downstream.compare import markdown, summarise
 
-SCORES_VERSION = "1"
+SCORES_VERSION = "2"
 POLL_SECONDS = 0.5
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
@@ -44,7 +45,6 @@ class Job:
     config: TrainConfig
     draws: tuple[tuple[int, float], ...]
     folder: Path
-    judge: Judge
 
     @property
     def run_dir(self) -> Path:
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def scores(self) -> Path:
-        return self.folder / "scores" / f"{self.name}.{self.judge}.json"
+        return self.folder / "scores" / f"{self.name}.json"
 
     @property
     def steps(self) -> int:
@@ -110,24 +110,26 @@ def compare(
     data: Path,
     out: Path,
     *,
-    judge: Judge = "test",
+    tune: bool = False,
     jobs: int = 2,
     stream: TextIO | None = None,
 ) -> int:
-    """Make or continue the comparison in `out`; prints the tables; the exit code. Raises UserError."""
+    """Make or continue the comparison in `out` (in `out`/tune without the real test images); prints the
+    tables; the exit code. Raises UserError."""
     if not data.is_dir():
         raise UserError(f"the folder of the data {data} does not exist: check --data")
+    out = out / "tune" if tune else out
     for arm in plan.arms:  # a wrong setting is told now, not after the ingest
         plan.config(arm, plan.seeds[0], str(out / "dataset"))
     out.mkdir(parents=True, exist_ok=True)
-    if not compare_data.build_dataset(plan, data, out, stream):
+    if not compare_data.build_dataset(plan, data, out, stream, tune=tune):
         return 130
-    listed = jobs_of(plan, out, judge)
+    listed = jobs_of(plan, out)
     with StopFlag() as stop:
         failed = run_jobs([job for job in listed if job.judged() is None], jobs, stop, stream)
         stopped = bool(stop)
     rows = [row for job in listed for row in job.judged() or []]
-    print(write_results(plan, listed, rows, out, judge))
+    print(write_results(plan, listed, rows, out, tune=tune))
     for name in failed:
         print(f"failed: {name}; its last lines are in {out / 'runs' / name}.log", file=stream or sys.stderr)
     if stopped:
@@ -136,15 +138,13 @@ def compare(
     return 1 if failed else 0
 
 
-def jobs_of(plan: Plan, out: Path, judge: Judge) -> list[Job]:
+def jobs_of(plan: Plan, out: Path) -> list[Job]:
     """In an order that finishes seeds one after the other: the first rows of a table come early."""
     (out / "runs").mkdir(exist_ok=True)
     (out / "scores").mkdir(exist_ok=True)
     listed = []
     for seed in plan.seeds:
         for arm in plan.arms:
-            if arm.kind == "hybrid" and judge == "tune":
-                continue  # it was trained on labels that the cross-validation holds out
             whole = tuple((seed, f) for f in plan.fractions)
             parts = [(d,) for d in whole] if arm.kind == "hybrid" else [whole]
             for draws in parts:
@@ -154,7 +154,7 @@ def jobs_of(plan: Plan, out: Path, judge: Judge) -> list[Job]:
                 if arm.kind == "hybrid":
                     labels = compare_data.labels_for_training(plan, out, draws[0][1], seed)
                 config = plan.config(arm, seed, dataset, labels)
-                listed.append(Job(f"{arm.name}-{seed}{own}", arm, config, draws, out.absolute(), judge))
+                listed.append(Job(f"{arm.name}-{seed}{own}", arm, config, draws, out.absolute()))
     return listed
 
 
@@ -236,7 +236,6 @@ def _spec(job: Job) -> dict[str, Any]:
         "folder": str(job.folder),
         "arm": job.arm.name,
         "kind": job.arm.kind,
-        "judge": job.judge,
         "config": str(job.config_file),
         "encoder": str(job.run_dir / "encoder.safetensors"),
         "tasks": sorted(labels),
@@ -247,15 +246,14 @@ def _spec(job: Job) -> dict[str, Any]:
 
 
 def write_results(
-    plan: Plan, listed: Sequence[Job], rows: Sequence[Mapping[str, Any]], out: Path, judge: Judge
+    plan: Plan, listed: Sequence[Job], rows: Sequence[Mapping[str, Any]], out: Path, *, tune: bool = False
 ) -> str:
-    """OUT/results[.tune].json and .md; the text of the latter."""
+    """OUT/results.json and .md; the text of the latter."""
     summary = summarise(rows)
     arms = [arm.name for arm in plan.arms if any(row["arm"] == arm.name for row in rows)]
     trained = {job.arm.name: budget(job.config) for job in listed if job.arm.trains}
-    suffix = ".tune" if judge == "tune" else ""
     tree = {
-        "judge": judge,
+        "judged_on": "held out of train" if tune else "test",
         "date": date.today().isoformat(),
         "machine": machine(),
         "plan": plan.model_dump(mode="json"),
@@ -264,15 +262,15 @@ def write_results(
         "rows": list(rows),
         "summary": summary,
     }
-    files.replace_file(out / f"results{suffix}.json", (json.dumps(tree, indent=1) + "\n").encode())
+    files.replace_file(out / "results.json", (json.dumps(tree, indent=1) + "\n").encode())
     lines = []
     for fraction in plan.fractions:
-        on = "test" if judge == "test" else "cross-validation over the patients of train and val"
+        on = "patients held out of train" if tune else "test"
         lines += [f"AUC on {on}, {fraction:.0%} of the labels; mean (range) of {len(plan.seeds)} seeds", ""]
         lines += [markdown(summary, arms, fraction, len(plan.seeds)), ""]
     lines += [f"{name}: {text}" for name, text in trained.items()]
     text = "\n".join(lines)
-    files.replace_file(out / f"results{suffix}.md", (text + "\n").encode())
+    files.replace_file(out / "results.md", (text + "\n").encode())
     return text
 
 

@@ -3,6 +3,10 @@
 The tables are public sets that were put together one by one, so the same patient may be in two of them, with
 another split in each. Such a patient keeps the images of the most held-out split (test before val before
 train) and loses the others: nothing of a test patient may be trained on.
+
+For choosing settings (`--tune`) the images of test are left out, and a third of the patients of train takes
+their place. (A cross-validation over the images that an encoder was trained on, without their labels, tells
+too much of it: the differences that it showed were gone on new patients.)
 """
 
 import csv
@@ -17,7 +21,7 @@ import pyarrow as pa
 from orchestration.compare_plan import Plan
 from shards import catalog
 from shards.errors import UserError
-from shards.ids import create_key
+from shards.ids import create_key, digest
 from shards.objects import open_store
 from trainer import files
 from trainer.downstream.compare import draw_labels
@@ -29,12 +33,14 @@ _ORDER = ("train", "val", "test")
 Rows = list[dict[str, str]]
 
 
-def build_dataset(plan: Plan, data: Path, out: Path, stream: TextIO | None = None) -> bool:
+def build_dataset(
+    plan: Plan, data: Path, out: Path, stream: TextIO | None = None, *, tune: bool = False
+) -> bool:
     """OUT/dataset with a label table of each task; False when it was stopped. Already there: nothing to do.
     Raises UserError."""
     from orchestration.ingest_job import run_ingest
 
-    config = ingest_config(plan, data, out)
+    config = ingest_config(plan, data, out, tune=tune)
     if all(task.name in _label_names(out) for task in plan.tasks) and (out / "dataset.done").is_file():
         return True
     summary = run_ingest(config, stream=stream)
@@ -46,7 +52,7 @@ def build_dataset(plan: Plan, data: Path, out: Path, stream: TextIO | None = Non
     return True
 
 
-def ingest_config(plan: Plan, data: Path, out: Path) -> "IngestConfig":
+def ingest_config(plan: Plan, data: Path, out: Path, *, tune: bool = False) -> "IngestConfig":
     """Writes OUT/tables and, once, OUT/key. Raises UserError for tables that cannot be used."""
     from ingest.config import load_config
     from ingest.tables import read_rows
@@ -59,7 +65,11 @@ def ingest_config(plan: Plan, data: Path, out: Path) -> "IngestConfig":
         for name, rows in tables.items()
         for row in rows
     ]
-    _write(folder / "images.csv", keep_held_out(listed))
+    kept = keep_held_out(listed)
+    if tune:
+        kinds = [_kind(name, row, plan) for name, rows in tables.items() for row in rows]
+        kept = hold_out(kept, {row["file"]: kind for row, kind in zip(listed, kinds, strict=True)})
+    _write(folder / "images.csv", kept)
     for task in plan.tasks:
         parent = (data / task.table).parent.absolute()
         labelled = [
@@ -90,6 +100,33 @@ def keep_held_out(rows: Rows) -> Rows:
     for row in rows:
         best[row["patient"]] = max(best.get(row["patient"], 0), _ORDER.index(row["split"]))
     return [row for row in rows if _ORDER.index(row["split"]) == best[row["patient"]]]
+
+
+def hold_out(rows: Rows, kinds: Mapping[str, str]) -> Rows:
+    """Without the images of test; a third of the patients of train becomes the split test instead.
+
+    kinds: by file. Every third patient of each kind (the one of its first image), in the order of a digest of
+    the patient: each class keeps its share, also where it has a dozen patients.
+    """
+    rows = [row for row in rows if row["split"] != "test"]
+    patients: dict[str, list[str]] = {}
+    for patient, row in {row["patient"]: row for row in reversed(rows) if row["split"] == "train"}.items():
+        patients.setdefault(kinds[row["file"]], []).append(patient)
+    held = {
+        patient
+        for of_kind in patients.values()
+        for patient in sorted(of_kind, key=_order_of_holding_out)[::3]
+    }
+    return [{**row, "split": "test"} if row["patient"] in held else row for row in rows]
+
+
+def _order_of_holding_out(patient: str) -> str:
+    return digest("hold out", patient)
+
+
+def _kind(table: str, row: Mapping[str, str], plan: Plan) -> str:
+    """What is held out in equal shares: the tables, and the classes of their tasks."""
+    return "\0".join([table, *(row[task.column] for task in plan.tasks if task.table == table)])
 
 
 def task_labels(out: Path, name: str) -> dict[str, str]:

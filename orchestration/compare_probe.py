@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def score(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """spec: folder, arm, kind, judge, config (a YAML file), encoder (a file, or None), tasks, draws (pairs of
+    """spec: folder, arm, kind, config (a YAML file), encoder (a file, or None), tasks, draws (pairs of
     seed and fraction). Rows as in trainer.downstream.compare."""
     import torch
 
@@ -44,7 +44,7 @@ def score(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
             y = np.array([classes.index(by_key[key]) for key in keys if key in by_key], np.int64)
             of_task = features[has], y, patients[has], splits[has]
             for seed, fraction in spec["draws"]:
-                figures = judge(spec["judge"], *of_task, fraction, seed)
+                figures = judge(*of_task, fraction, seed)
                 drawn = {"arm": spec["arm"], "seed": seed, "modality": modality, "task": task}
                 rows.append({**drawn, "fraction": fraction, **figures})
     return rows

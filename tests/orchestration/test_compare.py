@@ -97,7 +97,7 @@ def test_a_comparison_holds_patients_apart_keeps_what_is_done_and_writes_its_tab
     assert all(len(of_one) == 1 for of_one in splits.values())
     assert len(rows) == 47  # the train image of the patient who is also in test is gone
 
-    listed = jobs_of(plan, out, "test")
+    listed = jobs_of(plan, out)
     with StopFlag() as stop:
         assert run_jobs(listed, 2, stop, None) == []
     figures = [row for job in listed for row in job.judged()]
@@ -108,14 +108,32 @@ def test_a_comparison_holds_patients_apart_keeps_what_is_done_and_writes_its_tab
         for f in (1.0, 0.5)
     }
     assert all(row["auc"] == 1 for row in figures if row["arm"] == "pixels")
-    text = write_results(plan, listed, figures, out, "test")
+    text = write_results(plan, listed, figures, out)
     assert "| ct-bright | 1.000 |" in text and "3 steps of 4 images" in text
     assert json.loads((out / "results.json").read_text())["rows"] == figures
 
-    again = jobs_of(plan, out, "test")
+    again = jobs_of(plan, out)
     assert all(job.judged() is not None for job in again)
     (out / "runs" / "swav-0" / "encoder.safetensors").write_bytes(b"another")
     assert [job.name for job in again if job.judged() is None] == ["swav-0"]
+
+
+def test_tuning_leaves_the_test_images_out_and_holds_out_a_third_of_the_patients_of_train(data, tmp_path):
+    plan = load_plan(data / "plan.yaml")
+    tables = {}
+    for tune in (False, True):
+        folder = tmp_path / str(tune)
+        compare_data.ingest_config(plan, data, folder, tune=tune)
+        with open(folder / "tables" / "images.csv", newline="") as file:
+            tables[tune] = {row["file"]: row for row in csv.DictReader(file)}
+    real, held = tables[False], tables[True]
+    assert held.keys() == {file for file, row in real.items() if row["split"] != "test"}
+    moved = [row for row in held.values() if row["split"] == "test"]
+    assert all(real[row["file"]]["split"] == "train" for row in moved)
+    of_train = [row for row in real.values() if row["split"] == "train"]
+    assert len(of_train) == 22 and len(moved) == 8  # of two tables and two classes a third each, rounded up
+    by_patient = {row["patient"]: row["split"] for row in held.values()}
+    assert all(by_patient[row["patient"]] == row["split"] for row in held.values())
 
 
 def test_the_hybrid_arm_trains_on_exactly_the_labels_that_its_probe_fits(data, out):

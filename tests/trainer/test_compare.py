@@ -29,27 +29,18 @@ def test_the_drawn_labels_are_a_share_of_each_class_and_a_smaller_share_is_part_
     assert np.bincount(labels[draw_labels(labels, 0.001, 7)]).tolist() == [LEAST, LEAST, 3]
 
 
-def test_tuning_touches_neither_an_image_nor_a_label_of_the_test_split():
-    features, labels, patients, splits = task()
-    plain = judge("tune", features, labels, patients, splits, 0.5, 3)
-    features[splits == "test"] = np.nan
-    flipped = np.where(splits == "test", 1 - labels, labels)
-    assert judge("tune", features, flipped, patients, splits, 0.5, 3) == plain
-    assert 0.8 < plain["auc"] <= 1 and plain["n_judged"] == 160
-
-
 @pytest.mark.parametrize(
     ("fraction", "fitted"), [(1.0, 160), (0.1, 22)]
 )  # 6 + 6 of train, LEAST + LEAST of val
 def test_the_judgement_fits_the_drawn_labels_of_train_and_val_only(fraction, fitted):
     features, labels, patients, splits = task()
-    plain = judge("test", features, labels, patients, splits, fraction, 3)
+    plain = judge(features, labels, patients, splits, fraction, 3)
     assert (plain["n_fit"], plain["n_judged"]) == (fitted, 80)
     parts = [np.flatnonzero(splits == part) for part in ("train", "val")]
     used = np.concatenate([part[draw_labels(labels[part], fraction, 3)] for part in parts])
     others = np.setdiff1d(np.flatnonzero(splits != "test"), used)
     features[others] = np.nan
-    assert judge("test", features, labels, patients, splits, fraction, 3) == plain
+    assert judge(features, labels, patients, splits, fraction, 3) == plain
 
 
 def rows(arm: str, aucs: dict[str, list[float]], fraction: float = 1.0):

@@ -71,7 +71,7 @@ def test_the_strength_of_the_probe_is_chosen_across_patients(monkeypatch):
     owners = np.array(["a"] * 30 + ["b"] * 30 + ["c"] * 30)
     x, y = blobs(90, 2, 1.0, 0)
     linear_probe_auc(x, y, x, y, owners)
-    assert seen[:-1] == [60] * (3 * len(linear.C_GRID)) and seen[-1] == 90
+    assert seen[:-1] == [60] * (3 * linear.REPEATS * len(linear.C_GRID)) and seen[-1] == 90
 
 
 def test_knn_votes_by_cosine_with_exponential_weights():

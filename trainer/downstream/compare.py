@@ -1,24 +1,20 @@
 """Several encoders, several tasks, few labels: the figures of a comparison and their table. Pure.
 
-A task is a table of labels of one modality. Two ways to judge an encoder by its frozen features:
-
-* `test`: fitted on labels of the splits train and val, judged on test. The penalty of the linear probe is
-  chosen by a cross-validation over the patients that are fitted. To be looked at once, at the end.
-* `tune`: no image and no label of test is touched. The AUC over the pooled predictions of a cross-validation
-  over the patients of train and val, at the best penalty. For choosing settings: a validation split of a
-  dozen patients would decide by chance.
+A task is a table of labels of one modality. An encoder is judged by its frozen features: a linear probe is
+fitted on labels of the splits train and val and judged on test. Its penalty is chosen by a cross-validation
+over the patients that are fitted. No encoder has seen an image of test. For choosing settings there is
+another test split, taken out of train (orchestration.compare_data.hold_out): the real one is looked at once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.downstream.features import Features
-from trainer.downstream.linear import held_out_aucs, linear_probe_auc
+from trainer.downstream.linear import linear_probe_auc
 
-Judge = Literal["test", "tune"]
 Labels = NDArray[np.int64]
 LEAST = 5  # labelled images of each class, whatever the fraction
 
@@ -41,7 +37,6 @@ def draw_labels(labels: Labels, fraction: float, seed: int) -> NDArray[np.int64]
 
 
 def judge(
-    how: Judge,
     features: Features,
     labels: Labels,
     patients: NDArray[np.str_],
@@ -54,19 +49,9 @@ def judge(
     them, of the val images."""
     fit = np.concatenate([_drawn(labels, splits == part, fraction, seed) for part in ("train", "val")])
     fit.sort()
-    if how == "test":
-        test = np.flatnonzero(splits == "test")
-        auc = linear_probe_auc(features[fit], labels[fit], features[test], labels[test], patients[fit])
-        return {"auc": auc, "n_fit": len(fit), "n_judged": len(test)}
-    seen = np.flatnonzero(splits != "test")
-    wanted = np.isin(seen, fit)
-
-    def choose(fold: NDArray[np.int64]) -> NDArray[np.int64]:
-        return fold[wanted[fold]]
-
-    classes = int(labels.max()) + 1
-    aucs = held_out_aucs(features[seen], labels[seen], patients[seen], classes, choose)
-    return {"auc": max(aucs), "n_fit": len(fit), "n_judged": len(seen)}
+    test = np.flatnonzero(splits == "test")
+    auc = linear_probe_auc(features[fit], labels[fit], features[test], labels[test], patients[fit])
+    return {"auc": auc, "n_fit": len(fit), "n_judged": len(test)}
 
 
 def _drawn(labels: Labels, part: NDArray[np.bool_], fraction: float, seed: int) -> NDArray[np.int64]:

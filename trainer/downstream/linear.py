@@ -1,7 +1,6 @@
 """The linear probe: multinomial logistic regression on frozen features."""
 
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from trainer.downstream.features import Features
 from trainer.downstream.metrics import macro_auc
 
 Labels = NDArray[np.int64]
-FOLDS = 5
+FOLDS, REPEATS = 5, 3
 C_GRID: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse L2 strength
 
 
@@ -28,9 +27,10 @@ def linear_probe_auc(
     """Macro one-vs-rest ROC-AUC on the test set.
 
     groups: the patient of each training sample. C is the one of C_GRID with the best AUC over the pooled
-    predictions of a cross-validation of FOLDS parts in which no patient is on both sides (the smallest on
-    ties): with a few dozen patients, a single validation set would decide it by chance. Features are
-    standardised with the statistics of the samples that are fitted. Nothing in it is random.
+    predictions of a cross-validation of FOLDS parts in which no patient is on both sides, mean over REPEATS
+    divisions into parts (the smallest C on ties): with a few dozen patients, a single validation set, or a
+    single division, would decide it by chance. Features are standardised with the statistics of the samples
+    that are fitted. The divisions are the same in every call.
     """
     classes = int(max(train_y.max(), test_y.max())) + 1
     with threadpool_limits(1):  # matrices this small lose far more by waiting for threads than they gain
@@ -39,24 +39,20 @@ def linear_probe_auc(
         return macro_auc(test_y, _fit_scores(train, train_y, test, classes, best))
 
 
-def held_out_aucs(
-    x: Features,
-    y: Labels,
-    groups: NDArray[np.str_],
-    classes: int,
-    choose: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None,
-) -> list[float]:
+def held_out_aucs(x: Features, y: Labels, groups: NDArray[np.str_], classes: int) -> list[float]:
     """Of each C of C_GRID: the AUC over the pooled predictions of a cross-validation in which no patient is
-    on both sides. choose: which of a fold's fitting samples (ascending indices) are fitted; default all.
-    """
-    held_out = np.zeros((len(C_GRID), len(y), classes))
+    on both sides, mean over REPEATS divisions of the patients."""
+    found = np.zeros((REPEATS, len(C_GRID)))
     with threadpool_limits(1):
-        for fit, val in GroupKFold(min(FOLDS, len(np.unique(groups)))).split(x, y, groups):
-            chosen = fit if choose is None else choose(fit)
-            fit_x, val_x = _in_span(x[chosen], x[val])
-            for scores, c in zip(held_out, C_GRID, strict=True):
-                scores[val] = _fit_scores(fit_x, y[chosen], val_x, classes, c)
-    return [macro_auc(y, scores) for scores in held_out]
+        for repeat in range(REPEATS):
+            folds = GroupKFold(min(FOLDS, len(np.unique(groups))), shuffle=True, random_state=repeat)
+            held_out = np.zeros((len(C_GRID), len(y), classes))
+            for fit, val in folds.split(x, y, groups):
+                fit_x, val_x = _in_span(x[fit], x[val])
+                for scores, c in zip(held_out, C_GRID, strict=True):
+                    scores[val] = _fit_scores(fit_x, y[fit], val_x, classes, c)
+            found[repeat] = [macro_auc(y, scores) for scores in held_out]
+    return [float(mean) for mean in found.mean(axis=0)]
 
 
 def standardise(reference: Features, x: Features) -> NDArray[np.float64]:
