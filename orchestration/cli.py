@@ -170,7 +170,10 @@ def compare(
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Arms at a time, each with one thread.")] = 2,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Judge on a third of the patients of train; leave test out.")
+        bool,
+        typer.Option(
+            "--tune", help="Judge each seed on another third of the patients of train; leave test out."
+        ),
     ] = False,
     set_: Settings = None,
 ) -> None:

@@ -1,9 +1,10 @@
 """`medswav compare`: arms x seeds on one dataset, judged by frozen features, as one table.
 
-OUT/dataset, OUT/runs/<job>, OUT/scores/<job>.json, OUT/results.json, OUT/results.md; below OUT/tune while
-settings are chosen, on patients of train in the place of test. Every job is processes
-of one thread each, `jobs` of them at a time; what is finished is kept, and a killed one goes on from its
-checkpoint: the same command again.
+OUT/dataset, OUT/runs/<job>, OUT/scores/<job>.json, OUT/results.json, OUT/results.md. While settings are
+chosen (`tune`) there is a dataset, with runs and scores, for each third of the patients of train that takes
+the place of test: OUT/tune/third-<n>; seed s is judged on third s modulo 3. Every job is processes of one
+thread each, `jobs` of them at a time; what is finished is kept, and a killed one goes on from its checkpoint:
+the same command again.
 """
 
 import json
@@ -33,6 +34,7 @@ from trainer.downstream.compare import markdown, summarise
 
 SCORES_VERSION = "2"
 POLL_SECONDS = 0.5
+THIRDS = 3
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
@@ -122,9 +124,11 @@ def compare(
     for arm in plan.arms:  # a wrong setting is told now, not after the ingest
         plan.config(arm, plan.seeds[0], str(out / "dataset"))
     out.mkdir(parents=True, exist_ok=True)
-    if not compare_data.build_dataset(plan, data, out, stream, tune=tune):
-        return 130
-    listed = jobs_of(plan, out)
+    for folder, third in folders_of(plan, out, tune=tune).values():
+        folder.mkdir(exist_ok=True)
+        if not compare_data.build_dataset(plan, data, folder, stream, third=third):
+            return 130
+    listed = jobs_of(plan, out, tune=tune)
     with StopFlag() as stop:
         failed = run_jobs([job for job in listed if job.judged() is None], jobs, stop, stream)
         stopped = bool(stop)
@@ -138,23 +142,30 @@ def compare(
     return 1 if failed else 0
 
 
-def jobs_of(plan: Plan, out: Path) -> list[Job]:
+def folders_of(plan: Plan, out: Path, *, tune: bool) -> dict[int, tuple[Path, int | None]]:
+    """By seed: where its dataset lies, and which third of train is held out in it."""
+    if not tune:
+        return dict.fromkeys(plan.seeds, (out, None))
+    return {seed: (out / f"third-{seed % THIRDS}", seed % THIRDS) for seed in plan.seeds}
+
+
+def jobs_of(plan: Plan, out: Path, *, tune: bool = False) -> list[Job]:
     """In an order that finishes seeds one after the other: the first rows of a table come early."""
-    (out / "runs").mkdir(exist_ok=True)
-    (out / "scores").mkdir(exist_ok=True)
     listed = []
-    for seed in plan.seeds:
+    for seed, (folder, _) in folders_of(plan, out, tune=tune).items():
+        (folder / "runs").mkdir(exist_ok=True)
+        (folder / "scores").mkdir(exist_ok=True)
         for arm in plan.arms:
             whole = tuple((seed, f) for f in plan.fractions)
             parts = [(d,) for d in whole] if arm.kind == "hybrid" else [whole]
             for draws in parts:
                 own = f"-{draws[0][1]:g}" if arm.kind == "hybrid" else ""
-                dataset = str((out / "dataset").absolute())
+                dataset = str((folder / "dataset").absolute())
                 labels: Sequence[str] = ()
                 if arm.kind == "hybrid":
-                    labels = compare_data.labels_for_training(plan, out, draws[0][1], seed)
+                    labels = compare_data.labels_for_training(plan, folder, draws[0][1], seed)
                 config = plan.config(arm, seed, dataset, labels)
-                listed.append(Job(f"{arm.name}-{seed}{own}", arm, config, draws, out.absolute()))
+                listed.append(Job(f"{arm.name}-{seed}{own}", arm, config, draws, folder.absolute()))
     return listed
 
 
@@ -258,14 +269,16 @@ def write_results(
         "machine": machine(),
         "plan": plan.model_dump(mode="json"),
         "budgets": trained,
-        **compare_data.facts(out),
+        "data": {
+            folder.name: compare_data.facts(folder) for folder in sorted({job.folder for job in listed})
+        },
         "rows": list(rows),
         "summary": summary,
     }
     files.replace_file(out / "results.json", (json.dumps(tree, indent=1) + "\n").encode())
     lines = []
     for fraction in plan.fractions:
-        on = "patients held out of train" if tune else "test"
+        on = "a third of the patients of train, another each seed" if tune else "test"
         lines += [f"AUC on {on}, {fraction:.0%} of the labels; mean (range) of {len(plan.seeds)} seeds", ""]
         lines += [markdown(summary, arms, fraction, len(plan.seeds)), ""]
     lines += [f"{name}: {text}" for name, text in trained.items()]

@@ -15,7 +15,7 @@ from ingest.plan import plan_units
 from orchestration import compare_data
 from orchestration.cli import main
 from orchestration.cluster import StopFlag
-from orchestration.compare import jobs_of, run_jobs, write_results
+from orchestration.compare import folders_of, jobs_of, run_jobs, write_results
 from orchestration.compare_plan import load_plan
 from shards import catalog
 from shards.dataset import open_or_create
@@ -121,19 +121,28 @@ def test_a_comparison_holds_patients_apart_keeps_what_is_done_and_writes_its_tab
 def test_tuning_leaves_the_test_images_out_and_holds_out_a_third_of_the_patients_of_train(data, tmp_path):
     plan = load_plan(data / "plan.yaml")
     tables = {}
-    for tune in (False, True):
-        folder = tmp_path / str(tune)
-        compare_data.ingest_config(plan, data, folder, tune=tune)
+    for third in (None, 0, 1, 2):
+        folder = tmp_path / str(third)
+        compare_data.ingest_config(plan, data, folder, third=third)
         with open(folder / "tables" / "images.csv", newline="") as file:
-            tables[tune] = {row["file"]: row for row in csv.DictReader(file)}
-    real, held = tables[False], tables[True]
+            tables[third] = {row["file"]: row for row in csv.DictReader(file)}
+    real, held = tables[None], tables[0]
     assert held.keys() == {file for file, row in real.items() if row["split"] != "test"}
     moved = [row for row in held.values() if row["split"] == "test"]
     assert all(real[row["file"]]["split"] == "train" for row in moved)
     of_train = [row for row in real.values() if row["split"] == "train"]
     assert len(of_train) == 22 and len(moved) == 8  # of two tables and two classes a third each, rounded up
+    judged = [f for third in (0, 1, 2) for f, row in tables[third].items() if row["split"] == "test"]
+    assert sorted(judged) == sorted(row["file"] for row in of_train)  # each once
     by_patient = {row["patient"]: row["split"] for row in held.values()}
     assert all(by_patient[row["patient"]] == row["split"] for row in held.values())
+
+
+def test_each_seed_of_tuning_has_a_third_of_its_own(data, tmp_path):
+    plan = load_plan(data / "plan.yaml", ["seeds=[0, 1, 2, 3]"])
+    folders = folders_of(plan, tmp_path, tune=True)
+    assert [(f.name, third) for f, third in folders.values()] == [(f"third-{s % 3}", s % 3) for s in range(4)]
+    assert set(folders_of(plan, tmp_path, tune=False).values()) == {(tmp_path, None)}
 
 
 def test_the_hybrid_arm_trains_on_exactly_the_labels_that_its_probe_fits(data, out):
