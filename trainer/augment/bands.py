@@ -35,6 +35,7 @@ FILE_VERSION = 1
 # Below this energy (a quarter of a uint8 grey level) a band is noise or empty: it is not amplified further.
 ENERGY_FLOOR = 1e-3
 _BORDER = cv2.BORDER_REFLECT_101
+_SHARED = 3  # G_3 and all levels above it lie on its grid, 4 px
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -102,27 +103,26 @@ def build_pyramid(image: Image, sigmas: Sequence[float]) -> Pyramid:
         levels = tuple(np.ascontiguousarray(bands[k:].sum(axis=0)) for k in range(len(bands)))
         mean = float(bands[-1].mean(dtype=np.float64))
         return Pyramid(levels, (1,) * len(levels), band_energies(bands), mean, (rows, columns))
+    first = _gaussian(image, 1.0)
     # Mirroring about the last sample of a coarse grid is right only where that is the last pixel too; the
     # margin of two sigmas keeps the mistake away from the image.
     grid, margin = int(sigmas[-1]), 2 * int(sigmas[-1])
-    padded = cv2.copyMakeBorder(
-        image, 0, _fill(rows + margin, grid) - rows, 0, _fill(columns + margin, grid) - columns, _BORDER
-    )
-    first = _gaussian(padded, 1.0)
-    levels_list = [first]
+    below, right = (_fill(size + margin, grid) - size for size in image.shape)
+    levels_list = [cv2.copyMakeBorder(first, 0, below, 0, right, _BORDER)]
     for _ in sigmas[1:]:
         down = cv2.pyrDown(levels_list[-1], borderType=_BORDER)
         levels_list.append(_three_taps(down, 0.5))
-    energies = _pyramid_energies(image, levels_list)
-    levels_list[0] = np.ascontiguousarray(first[:rows, :columns])
-    steps = (1, *(1 << k for k in range(len(sigmas))))
-    return Pyramid(
-        (image, *levels_list),
-        steps,
-        energies,
-        _low_mean(levels_list[-1], steps[-1], rows, columns),
-        (rows, columns),
-    )
+    energies = _pyramid_energies(image, first, levels_list)
+    mean = _low_mean(levels_list[-1], 1 << len(sigmas) - 1, rows, columns)
+    levels_list[0] = first
+    steps = [1, *(1 << k for k in range(len(sigmas)))]
+    # Coarser levels are interpolated to the grid of G_3 once an image, not once a view.
+    sizes = [(level.shape[1], level.shape[0]) for level in levels_list]
+    for k in range(_SHARED, len(sizes)):
+        for size in reversed(sizes[_SHARED - 1 : k]):
+            levels_list[k] = cv2.pyrUp(levels_list[k], dstsize=size)
+        steps[k + 1] = steps[_SHARED]
+    return Pyramid((image, *levels_list), tuple(steps), energies, mean, (rows, columns))
 
 
 def level_weights(pyramid: Pyramid, references: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -256,18 +256,19 @@ def _fill(size: int, grid: int) -> int:
     return -(-(size - 1) // grid) * grid + 1
 
 
-def _pyramid_energies(image: Image, levels: Sequence[Image]) -> NDArray[np.float64]:
+def _pyramid_energies(image: Image, first: Image, levels: Sequence[Image]) -> NDArray[np.float64]:
     """Energies of the bands; from band 2 on the level's own grid, with the blur that pyrUp would add."""
     rows, columns = image.shape
-    energies = [_std(cv2.subtract(image, levels[0][:rows, :columns]))]
+    energies = [_std(image, first)]
     for k, level in enumerate(levels):  # level of G_{k+1}, grid 2^k px
         extra = (4**k - 1) / (3 * 4**k)
+        up = None
         if k + 1 < len(levels):
             up = cv2.pyrUp(levels[k + 1], dstsize=(level.shape[1], level.shape[0]))
-            level = cv2.subtract(level, up)
+        inside = (slice(-(-rows >> k)), slice(-(-columns >> k)))
         if k:
-            level = _three_taps(level, extra)
-        energies.append(_std(level[: -(-rows >> k), : -(-columns >> k)]))
+            level, up = _three_taps(level if up is None else cv2.subtract(level, up), extra), None
+        energies.append(_std(level[inside], None if up is None else up[inside]))
     return np.array(energies)
 
 
@@ -291,8 +292,15 @@ def _share(length: int, step: int, samples: int) -> NDArray[np.float32]:
     )
 
 
-def _std(values: Image) -> float:
-    return float(cv2.meanStdDev(values)[1][0, 0])
+def _std(values: Image, less: Image | None = None) -> float:
+    """Standard deviation of values - less; the sums are in double precision, and no difference is stored."""
+    mean = cv2.mean(values)[0]
+    if less is None:
+        square = cv2.norm(values, cv2.NORM_L2SQR)
+    else:
+        square = cv2.norm(values, less, cv2.NORM_L2SQR)
+        mean -= cv2.mean(less)[0]
+    return math.sqrt(max(square / values.size - mean * mean, 0.0))
 
 
 def _coarser(window: Window, shape: tuple[int, ...]) -> Window:
