@@ -35,7 +35,11 @@ from trainer.preset_files import preset_settings
 BackboneOption = bool | int | float | str
 Arithmetic = Literal["auto", "bf16", "fp16", "fp32"]
 
-OWN_BACKBONES = ("resnet-tiny", "resnet18", "resnet50", "resnet152", "resnet50w2", "resnet50w4")
+VOLUME_BACKBONES = ("densenet3d",)  # these take [n, C, Z, Y, X], all others [n, C, H, W]
+OWN_BACKBONES = (
+    *("resnet-tiny", "resnet18", "resnet50", "resnet152", "resnet50w2", "resnet50w4"),
+    *VOLUME_BACKBONES,
+)
 LIBRARIES = ("torchvision", "timm")
 
 EPOCHS = {"queue_start_step": "queue_start_epoch", "freeze_prototypes_steps": "freeze_prototypes_epochs"}
@@ -187,6 +191,11 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
+        if self.model.backbone in VOLUME_BACKBONES:
+            raise ValueError(
+                f"model.backbone={self.model.backbone} takes volumes, and views.crops are cut from images: "
+                "choose a network for images"
+            )
         for one in self.supervision.labels:
             strange = sorted(set(one.modalities) - set(self.data.modalities))
             if strange:

@@ -32,7 +32,7 @@ from trainer.downstream.knn import knn_auc
 from trainer.downstream.linear import linear_probe_auc
 from trainer.downstream.splits import ProbeSplit, Protocol
 from trainer.export import EncoderInfo
-from trainer.models.encoders import build_encoder
+from trainer.models.encoders import build_encoder, require_images
 
 Encoder = tuple[nn.Module, EncoderInfo]
 Progress = Callable[[int, int, str], None]
@@ -250,4 +250,5 @@ def _same_kind(pretrained: Sequence[Encoder]) -> EncoderInfo:
         raise UserError(
             "the encoders differ in backbone, channels, size or modalities: evaluate each kind alone"
         )
+    require_images(pretrained[0][1].backbone)
     return cast(EncoderInfo, pretrained[0][1])

@@ -1,13 +1,14 @@
 """Any network as the shared backbone, by name: ours, torchvision's, timm's or the user's own.
 
     resnet50                            trainer.models.resnet
+    densenet3d                          trainer.models.densenet3d, for volumes
     torchvision:convnext_tiny           torchvision's classifier without its last linear layer
     timm:vit_small_patch16_224          timm's model with num_classes=0
     package.module:function             function(in_channels, **options) of the user
 
 The protocol is small: an nn.Module with an int `feature_dim` whose forward takes [n, C, H, W], float in
 [0, 1], for every H and W of the crops, and gives [n, feature_dim]. `check_encoder` holds a network to it
-before the training starts.
+before the training starts. A network for volumes (config.VOLUME_BACKBONES) takes [n, C, Z, Y, X].
 """
 
 import copy
@@ -18,17 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from trainer.config import LIBRARIES, OWN_BACKBONES, BackboneOption
+from trainer.config import LIBRARIES, OWN_BACKBONES, VOLUME_BACKBONES, BackboneOption
 from trainer.models import libraries
+from trainer.models.densenet3d import DenseNet3d
 from trainer.models.resnet import build_backbone
 
 Options = Mapping[str, BackboneOption]
+Size = int | tuple[int, int, int]  # px of a square image, or the slices, rows and columns of a volume
 
 
 def build_encoder(name: str, in_channels: int = 1, options: Options | None = None) -> nn.Module:
     """A freshly initialised network with `feature_dim`. Raises UserError for what cannot be built."""
     given = dict(options or {})
     library, _, kind = name.rpartition(":")
+    if name in VOLUME_BACKBONES:
+        return DenseNet3d(in_channels)
     if name in OWN_BACKBONES:
         return build_backbone(name, in_channels)
     if library == "torchvision":
@@ -43,6 +48,14 @@ def is_users_own(name: str) -> bool:
     return name not in OWN_BACKBONES and name.partition(":")[0] not in LIBRARIES
 
 
+def require_images(name: str) -> None:
+    """Refuse a network for volumes where images are evaluated. Raises UserError."""
+    if name in VOLUME_BACKBONES:
+        raise UserError(
+            f"{name} takes volumes [n, C, Z, Y, X], and this works on images: use another encoder"
+        )
+
+
 def feature_dim(encoder: nn.Module) -> int:
     """Length of the pooled features. Raises UserError where the protocol is not kept."""
     found = getattr(encoder, "feature_dim", None)
@@ -55,24 +68,28 @@ def check_encoder(
     encoder: nn.Module,
     name: str,
     in_channels: int,
-    sizes: Sequence[int],
+    sizes: Sequence[Size],
     *,
     modes: Sequence[bool] = (True, False),
     fix: str = "choose crops of another size (views.crops), another backbone, or options of it "
     "(model.backbone_options)",
 ) -> None:
-    """Run a copy on images of every size, in training and in evaluation (`modes`). Raises UserError if one
-    does not fit."""
+    """Run a copy on images (or volumes) of every size, in training and in evaluation (`modes`). Raises
+    UserError if one does not fit."""
     trial = copy.deepcopy(encoder)
     wanted = feature_dim(encoder)
     for training in modes:
         trial.train(training)
         for size in dict.fromkeys(sizes):
-            found = _try(trial, torch.rand(2, in_channels, size, size))
+            shape = (size, size) if isinstance(size, int) else size
+            found = _try(trial, torch.rand(2, in_channels, *shape))
             if isinstance(found, Tensor) and found.shape == (2, wanted):
                 continue
             why = found if isinstance(found, str) else f"it gave {_shape(found)}, not [2, {wanted}]"
-            raise UserError(f"model.backbone={name} cannot take images of {size} px ({why}): {fix}")
+            text = (
+                f"images of {size} px" if isinstance(size, int) else f"volumes of {'x'.join(map(str, size))}"
+            )
+            raise UserError(f"model.backbone={name} cannot take {text} ({why}): {fix}")
 
 
 @torch.no_grad()
