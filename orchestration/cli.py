@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration import cli_ingest, cli_model, cli_presets
+from orchestration import cli_capacity, cli_ingest, cli_model, cli_presets
 from orchestration.cluster import JobFailedError
 from shards.errors import UserError
 from shards.objects import location
@@ -158,6 +158,7 @@ def probe(
 
 
 cli_model.register(app)  # export, embed, assign
+cli_capacity.register(app)  # capacity, simulate
 
 
 @app.command()

@@ -75,17 +75,25 @@ def plan_batch(
     """
     if data.sampling != "equal":
         return _plan_unequal(step, counts, data, seed, rank, world)
+    many = plan_steps(range(step, step + 1), counts, data, seed, rank, world)
+    return {m: (index[0], passes[0]) for m, (index, passes) in many.items()}
+
+
+def plan_steps(
+    steps: range, counts: Mapping[str, int], data: DataConfig, seed: int, rank: int, world: int
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """`plan_batch` with data.sampling=equal, of several steps at once: int64[steps, B / (M * world)]."""
     share, rest = divmod(data.per_modality, world)
     if rest or not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world} cannot hold an equal part of {data.per_modality} images")
-    first = step * data.per_modality + rank * share
-    draws = np.arange(first, first + share, dtype=np.int64)
+    first = np.array(steps, np.int64)[:, None] * data.per_modality + rank * share
+    draws = first + np.arange(share, dtype=np.int64)
     blocks = blocks_of(data)
     found = {}
     for m in data.modalities:
         n = counts[m]
-        steps = lane_steps(n, data.per_modality, data.lanes, blocks) if blocks else 1
-        own = lane_draws(draws, data.per_modality, data.lanes, steps)
+        run = lane_steps(n, data.per_modality, data.lanes, blocks) if blocks else 1
+        own = lane_draws(draws, data.per_modality, data.lanes, run)
         found[m] = sample_at(own, n, seed, m, blocks)
     return found
 
