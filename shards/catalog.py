@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from shards import exclusions, parquet
-from shards.commit import list_commits
+from shards.commit import Commit, CommittedFile, list_commits
 from shards.dataset import read_info
 from shards.errors import UserError
 from shards.ids import digest
@@ -60,8 +60,27 @@ def load(
             raise UserError(
                 f"{store.root}: a catalogue file is missing or damaged: run ingest verify"
             ) from None
+    if table.num_rows != _committed_rows(commits, files, modality, split):
+        raise UserError(
+            f"{store.root}: the catalogue holds {table.num_rows} rows where the commits count "
+            f"{_committed_rows(commits, files, modality, split)}: run ingest verify"
+        )
     table = exclusions.read(store).without(table)
     return table.sort_by("key").select(wanted).combine_chunks()
+
+
+def _committed_rows(
+    commits: Sequence[Commit], files: Sequence[CommittedFile], modality: str | None, split: str | None
+) -> int:
+    """Rows of these catalogue parts, or those of a split, as the commits have them."""
+    if split is None:
+        return sum(file.samples for file in files)
+    return sum(
+        statistics[split]
+        for commit in commits
+        for name, statistics in commit.statistics.items()
+        if name == modality or (modality is None and not is_volumes(name))
+    )
 
 
 def _read_catalogs(

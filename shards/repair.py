@@ -6,8 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
+from shards import parquet
 from shards.commit import Commit, CommittedFile, committed_units, find_commit
 from shards.retries import family
+from shards.schema import ADDED_COLUMNS, schema_of
 from shards.store import Store
 
 
@@ -72,12 +76,24 @@ def with_history(store: Store, commit: Commit, folder: Path) -> Store:
     return made
 
 
+def _as_before(made: Store, unit: str, file: CommittedFile) -> bool:
+    """Leave ADDED_COLUMNS out of a catalogue part: is it then what an earlier version committed?"""
+    commit = find_commit(made, unit)
+    for part in commit.catalogs if commit else ():
+        if file.path.startswith("catalog/") and part.modality == file.modality:
+            kept = [f for f in schema_of(part.modality) if f.name not in ADDED_COLUMNS]
+            table = parquet.read(made, part.path, [f.name for f in kept])
+            made.put(file.path, parquet.to_bytes(table.cast(pa.schema(kept))))
+            return whole(made, file)
+    return False
+
+
 def put_back(store: Store, made: Store, broken: Broken) -> list[str]:
     """Copy the broken files of a unit from where it was made anew: those that have the committed bytes there.
     Their names."""
     done = []
     for file in broken.files:
-        if whole(made, file):
+        if whole(made, file) or _as_before(made, broken.commit.unit, file):
             if store.put(file.path, made.local(file.path)) != file.sha256:
                 raise OSError(f"{file.path} changed while it was copied")
             done.append(file.path)

@@ -91,6 +91,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("shard", _S, "-", "file name of the shard inside shards/<modality>/", False),
     Column("offset", _I64, "-", "byte offset of the encoded pixels in the shard", False),
     Column("size", _I64, "-", "bytes of the encoded pixels", False),
+    Column("crc32", _I64, "-", "CRC-32 of the encoded pixels; null where an earlier version wrote the row"),
     Column("codec", _S, "-", "htj2k | png16 | blosc2", False),
     # pixels at rest
     Column("rows", _I32, "K", "rows as stored", False),
@@ -200,7 +201,9 @@ VOLUME_COLUMNS: tuple[Column, ...] = (
 
 COLUMN_NAMES: frozenset[str] = frozenset(c.name for c in COLUMNS)
 # Where a sample lies is known only once its shard is written: these are in the catalogue, not in the tar.
-LOCATION_COLUMNS: frozenset[str] = frozenset({"shard", "offset", "size"})
+LOCATION_COLUMNS: frozenset[str] = frozenset({"shard", "offset", "size", "crc32"})
+# Not there in catalogues that an earlier version of this format wrote: readers see nulls.
+ADDED_COLUMNS: tuple[str, ...] = ("crc32",)
 VOLUME_LOCATION_COLUMNS: frozenset[str] = frozenset({"shard", "offsets", "sizes"})
 _VOLUMES = "_volumes"
 
@@ -242,6 +245,16 @@ def is_volumes(partition: str) -> bool:
 def schema_of(partition: str) -> pa.Schema:
     """The catalogue schema of a partition, of 2D samples or of volumes."""
     return volume_schema() if is_volumes(partition) else catalog_schema()
+
+
+def with_added_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A catalogue part with nulls for the columns that came after the version that wrote it."""
+    for name in ADDED_COLUMNS:
+        place = schema.get_field_index(name)
+        if place >= 0 and name not in table.column_names:
+            field = schema.field(name)
+            table = table.add_column(place, field, pa.nulls(table.num_rows, field.type))
+    return table
 
 
 def member_names(row: Row, extension: str) -> list[str]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from zlib import crc32
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -127,9 +128,11 @@ def write_shard(folder: Path, modality: str, spooled: list[Spooled]) -> tuple[Co
             source.seek(offset)
             extension = extensions[row["codec"]]
             description = {name: value for name, value in row.items() if name not in LOCATION_COLUMNS}
-            members = {extension: source.read(size), "json": to_json(description)}
+            data = source.read(size)
+            members = {extension: data, "json": to_json(description)}
             places = writer.add(row["key"], members)
             row["offset"], row["size"] = places[extension]
+            row["crc32"] = crc32(data)
             expected += [(f"{row['key']}.{e}", *place) for e, place in places.items()]
     return _finished(path, modality, rows, expected)
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from zlib import crc32
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,6 +32,7 @@ from shards.schema import (
     member_names,
     members_of,
     schema_of,
+    with_added_columns,
 )
 from shards.stats import pixel_digest, stack_digest
 from shards.store import Store
@@ -203,6 +205,7 @@ def _table(store: Store, file: CommittedFile, schema: pa.Schema, problems: list[
     except (pa.ArrowException, OSError):
         problems.append(Problem("parquet_damaged", file.path))
         return None
+    table = with_added_columns(table, schema)
     if not table.schema.equals(schema):
         problems.append(Problem("schema_differs", file.path))
         return None
@@ -259,19 +262,23 @@ def _contents(store: Store, shard: CommittedFile, table: pa.Table) -> list[Probl
 
 def _images(store: Store, shard: CommittedFile, row: Row) -> str:
     """The code of what is wrong with the encoded images of a row; "" where nothing is."""
-    digests = []
+    digests, same = [], True
     if len(row.get("sizes", [])) != row.get("slices", 0):
         return ""  # reported by _shard
     for offset, size in members_of(row):
+        data = store.read(shard.path, offset, size)
         try:
-            pixels = get_codec(row["codec"]).decode(store.read(shard.path, offset, size))
+            pixels = get_codec(row["codec"]).decode(data)
         except ValueError:
             return "decode_failed"
         if (*pixels.shape, pixels.dtype.name) != (row["rows"], row["columns"], row["dtype"]):
             return "pixels_differ"
         digests.append(pixel_digest(pixels))
+        same = same and row.get("crc32") in (None, crc32(data))
     found = stack_digest(digests) if "slices" in row else digests[0]
-    return "" if found == row["pixel_digest"] else "pixels_differ"
+    if found != row["pixel_digest"]:
+        return "pixels_differ"
+    return "" if same else "crc32_differs"
 
 
 def _same_row(data: bytes, row: Row) -> bool:
