@@ -48,7 +48,12 @@ def pretrain(
     ranks: Annotated[
         int, typer.Option(min=1, help="Training processes; one a GPU where there are GPUs.")
     ] = 2,
-    feeders: Annotated[int, typer.Option(min=1, help="Augmentation actors of each rank.")] = 1,
+    feeders: Annotated[
+        str, typer.Option(help="Augmentation actors of each rank; auto: as the first steps need.")
+    ] = "auto",
+    overflow_feeders: Annotated[
+        int, typer.Option(min=0, help="More of them on other nodes, without GPU.")
+    ] = 0,
     set_: Settings = None,
     address: Address = None,
     gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Default: GPUs where there are.")] = None,
@@ -71,6 +76,7 @@ def pretrain(
     from orchestration.pretrain_job import pretrain
     from trainer.config import load_config, text_setting
     from trainer.explain_text import explained
+    from trainer.feeding import parse_count
 
     own = [] if dataset is None else [text_setting("data.dataset", location(dataset))]
     config = load_config(preset, [*(set_ or []), *own])
@@ -84,7 +90,8 @@ def pretrain(
         config,
         run_dir,
         ranks,
-        feeders,
+        parse_count(feeders, "--feeders"),
+        overflow=overflow_feeders,
         address=address,
         gpu=gpu,
         max_failures=max_failures,

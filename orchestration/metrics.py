@@ -68,6 +68,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("medswav_loader_wait_seconds", "histogram", "seconds that a rank waited for one batch"),
     Metric("medswav_loader_stage_seconds", "histogram", "seconds of one batch in a stage", ("stage",)),
     Metric("medswav_loader_queue_depth", "gauge", "batches ready or in the making ahead of a rank"),
+    Metric("medswav_loader_feeders", "gauge", "actors or processes that make the batches of rank 0"),
     # training
     Metric("medswav_train_steps", "gauge", "optimizer steps done"),
     Metric("medswav_train_step_seconds", "histogram", "seconds of one optimizer step, waiting included"),
@@ -209,6 +210,8 @@ def observe_step(metrics: Metrics, step: Mapping[str, float]) -> None:
             metrics.observe("medswav_loader_stage_seconds", value, stage=name)
         elif kind == "loader" and name == "depth":
             metrics.set("medswav_loader_queue_depth", value)
+        elif kind == "loader" and name == "feeders":
+            metrics.set("medswav_loader_feeders", value)
 
 
 def observe_alarms(metrics: Metrics, watch: "Watch") -> None:

@@ -15,12 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestration.cluster import OBJECT_STORE_BYTES, THREAD_ENV, JobFailedError, StopFlag, connected
-from orchestration.feed import DEPTH, object_store_bytes, rank_resources
+from orchestration.cluster import (
+    OBJECT_STORE_BYTES,
+    THREAD_ENV,
+    JobFailedError,
+    StopFlag,
+    connected,
+    wanted_address,
+)
+from orchestration.feed import object_store_bytes, rank_resources
 from orchestration.metrics import Metrics, endpoint, observe_alarms, observe_step
 from orchestration.pretrain_rank import Control, ControlState, RankSettings, run_rank
 from orchestration.progress import Progress
 from shards.errors import UserError
+from trainer.feeding import most_makers, own_cpus
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -52,8 +60,9 @@ def pretrain(
     config: "TrainConfig",
     run_dir: Path,
     workers: int = 2,
-    feeders: int = 1,
+    feeders: int | None = 1,
     *,
+    overflow: int = 0,
     address: str | None = None,
     gpu: bool | None = None,
     max_failures: int = 3,
@@ -62,13 +71,16 @@ def pretrain(
     verbose: bool = False,
     stream: TextIO | None = None,
 ) -> PretrainResult:
-    """Train to config.max_steps on `workers` ranks with `feeders` augmentation actors each.
+    """Train to config.max_steps on `workers` ranks with `feeders` augmentation actors each (None: as many as
+    the rates of the first steps ask for), and `overflow` more each on other nodes without GPU.
 
     Everything is written below run_dir, which all nodes must see. max_failures: restarts in a row without a
     step gained. Raises UserError (configuration, disk), TrainingFailedError.
     """
     from trainer.config import check_device, few_samples_warning
 
+    if overflow and wanted_address(address) is None:
+        raise UserError("--overflow-feeders are for the other nodes of a cluster: name it with --address")
     say = _printer(stream)
     run_dir, config = run_dir.absolute(), with_absolute_weights(config)
     began = time.monotonic()
@@ -82,8 +94,12 @@ def pretrain(
             return PretrainResult(config.max_steps, True, 0, 0.0)
         if warning := few_samples_warning(config):
             say(f"pretrain: {warning}")
-        store = object_store_bytes(config, workers, max(DEPTH, feeders), OBJECT_STORE_BYTES)
-        cpus = workers * (1 + feeders) + 1
+        start = feeders or 1
+        cpus = workers * (1 + start) + 1
+        if feeders is None:
+            cpus = max(cpus, own_cpus())
+        most = feeders or most_makers(cpus, workers)
+        store = object_store_bytes(config, workers, most, OBJECT_STORE_BYTES)
         metrics = Metrics("train")
         with (
             connected(address, cpus=cpus, object_store_bytes=store, verbose=verbose) as cluster,
@@ -92,13 +108,12 @@ def pretrain(
             use_gpu = choose_gpu(gpu, workers)
             check_device(config, "cuda" if use_gpu else "cpu")
             device = "GPU" if use_gpu else "CPU"
-            say(
-                f"pretrain: {workers} ranks on {device}, {feeders} augmentation actors each; metrics at {url}"
-            )
-            if not cluster.local and cluster.cpus < cpus:
+            shown = f"{start} augmentation actors each{', more as needed' * (feeders is None)}"
+            say(f"pretrain: {workers} ranks on {device}, {shown}; metrics at {url}")
+            if not cluster.local and cluster.cpus < workers * (1 + start):
                 say(f"pretrain: the cluster has {cluster.cpus} CPUs, the job wants {cpus}: waiting for more")
             job = _Job(config, run_dir, metrics, max_failures, stop, say, stream)
-            step, finished, restarts = job.run(workers, feeders, prepared, use_gpu)
+            step, finished, restarts = job.run(workers, feeders, overflow, prepared, use_gpu)
     return PretrainResult(step, finished, restarts, time.monotonic() - began)
 
 
@@ -227,7 +242,9 @@ class _Job:
         self._last: dict[str, float] = {}
         self._failure: BaseException | None = None
 
-    def run(self, workers: int, feeders: int, prepared: "Prepared", use_gpu: bool) -> tuple[int, bool, int]:
+    def run(
+        self, workers: int, feeders: int | None, overflow: int, prepared: "Prepared", use_gpu: bool
+    ) -> tuple[int, bool, int]:
         """(step, finished, restarts)."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -239,6 +256,7 @@ class _Job:
             self._config.model_dump_json(),
             str(self._run_dir),
             feeders,
+            overflow,
             prepared.bands,
             prepared.dataset_fingerprint,
             prepared.labels,
@@ -295,7 +313,7 @@ class _Job:
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=use_gpu,
-                resources_per_worker=rank_resources(settings.feeders, use_gpu),
+                resources_per_worker=rank_resources(settings.feeders or 1, use_gpu),
             ),
             run_config=run_config,
         )
@@ -318,6 +336,8 @@ class _Job:
             if not self._began:
                 self._began = True
                 progress.restart(start)
+        for note in state.notes:
+            self._say(f"pretrain: {note}")
         for step in state.steps:
             observe_step(self._metrics, step)
             for event in self._watch.add(step):

@@ -5,12 +5,14 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestration.feed import Feed, make_batches
+from orchestration.feed import Feed, Feeders, batch_bytes, feeders_here, make_batches
 from shards.errors import UserError
+from trainer.feeding import Ahead, Pace
 
 if TYPE_CHECKING:
     from trainer.batches import Batch
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class ControlState:
-    """What the ranks told since the last look: metrics of steps, steps to begin with, failures of the ranks
-    and the newest error; what ends the job (a user's mistake, a fatal error, the result) stays."""
+    """What the ranks told since the last look: metrics of steps, steps to begin with, lines for the user,
+    failures of the ranks and the newest error; what ends the job (a user's mistake, a fatal error, the
+    result) stays."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     failures: int = 0
     user_error: str | None = None
     fatal: str | None = None
@@ -50,6 +54,8 @@ class Control:
             self._state.steps.append(value)
         elif kind == "start":
             self._state.starts.append(value)
+        elif kind == "note":
+            self._state.notes.append(value)
         elif kind == "failure":
             self._state.failures += 1
             self._state.error = self._state.error or value
@@ -57,7 +63,7 @@ class Control:
             setattr(self._state, kind, value)
 
     async def drain(self) -> ControlState:
-        """What was told; steps, starts and failures are handed out once."""
+        """What was told; steps, starts, notes and failures are handed out once."""
         state = self._state
         self._state = ControlState(user_error=state.user_error, fatal=state.fatal, result=state.result)
         return state
@@ -65,11 +71,12 @@ class Control:
 
 @dataclass(frozen=True)
 class RankSettings:
-    """All that a rank needs, in plain values."""
+    """All that a rank needs, in plain values. feeders: None for as many as the rates ask for."""
 
     config_json: str
     run_dir: str
-    feeders: int
+    feeders: int | None
+    overflow: int
     bands: Any
     dataset_fingerprint: str
     labels: Any
@@ -101,6 +108,7 @@ def _train(given: RankSettings) -> None:
     import ray.train.torch
     import torch
 
+    from trainer.compute import host_arrays, step_clock
     from trainer.config import TrainConfig
     from trainer.loop import train
     from trainer.prepare import bands_digest
@@ -113,9 +121,12 @@ def _train(given: RankSettings) -> None:
         torch.set_num_threads(config.threads)
     stop = _watch_stop(given.control)
     arguments = (given.config_json, rank, world, given.bands, given.dataset_fingerprint, given.labels)
-    with Feed(make_batches, arguments, given.feeders, config.max_steps) as feed:
-        control = given.control if rank == 0 else None
-        source = _Source(feed, control, config.checkpoint.every_steps, device.type == "cuda")
+    ranks, nbytes = context.get_local_world_size(), batch_bytes(config, world)
+    feeders = feeders_here(given.feeders, given.overflow, ranks, nbytes)
+    feed = Feed(make_batches, arguments, feeders, config.max_steps, allocate=host_arrays(device))
+    control = given.control if rank == 0 else None
+    with Ahead(feed, config.max_steps, _pace(given, feeders, control, step_clock(device))) as ahead:
+        source = _Source(feed, ahead, control, config.checkpoint.every_steps, device.type == "cuda")
         result = train(
             config,
             source,
@@ -132,6 +143,20 @@ def _train(given: RankSettings) -> None:
     if rank == 0:
         ended = {"step": result.step, "finished": result.finished}
         ray.get(given.control.tell.remote("result", ended))
+
+
+def _pace(
+    given: RankSettings, feeders: Feeders, control: Any | None, clock: Callable[[], float]
+) -> Pace | None:
+    """What decides on more feeders, unless the user did; rank 0 tells of it."""
+    if given.feeders is not None:
+        return None
+
+    def say(text: str) -> None:
+        if control is not None:
+            control.tell.remote("note", f"feeders of rank 0: {text}")
+
+    return Pace(feeders.most + feeders.overflow, say, clock)
 
 
 def _watch_stop(control: Any) -> threading.Event:
@@ -155,8 +180,8 @@ def _watch_stop(control: Any) -> threading.Event:
 class _Source:
     """next_batch of a rank; rank 0 also sends what the driver shows and serves, without waiting."""
 
-    def __init__(self, feed: Feed, control: Any | None, save_every: int, on_gpu: bool) -> None:
-        self._feed, self._control, self._on_gpu = feed, control, on_gpu
+    def __init__(self, feed: Feed, ahead: Ahead, control: Any | None, save_every: int, on_gpu: bool) -> None:
+        self._feed, self._ahead, self._control, self._on_gpu = feed, ahead, control, on_gpu
         self._loader: dict[str, float] = {}
         self._save_every = save_every
         self._returned: float | None = None
@@ -166,10 +191,11 @@ class _Source:
     def __call__(self, step: int) -> "Batch":
         if self._control is not None:
             self._note_time(step)
-        batch = self._feed(step)
+        batch = self._ahead(step)
         if self._control is not None:
             self._loader |= {f"loader/{name}": seconds for name, seconds in batch.seconds.items()}
             self._loader["loader/depth"] = float(self._feed.depth)
+            self._loader["loader/feeders"] = float(self._feed.count)
         self._returned = time.perf_counter()
         return batch
 

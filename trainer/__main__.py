@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 from trainer.config import TrainConfig, check_device, check_world, load_config
+from trainer.feeding import parse_count
 
 if TYPE_CHECKING:  # imported where it is needed: a mistake in the settings is told at once
     import torch
@@ -45,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(config, Path(options.run_dir), workers=options.workers, device_name=options.device)
 
 
-def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -> int:
-    """Train to the end or to a signal; the exit code."""
+def run(config: TrainConfig, run_dir: Path, *, workers: int | None, device_name: str) -> int:
+    """Train to the end or to a signal; the exit code. workers: None for as many as the rates ask for."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on find_unused_parameters
     import torch
 
@@ -57,7 +58,7 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
     from trainer.meter import NotFiniteError
     from trainer.models.initial import check_model
     from trainer.prepare import bands_digest, load_bands, prepare
-    from trainer.workers import BatchWorkers, make_batches
+    from trainer.workers import make_batches
 
     def show(metrics: dict[str, float]) -> None:
         print(progress_line(metrics, config.max_steps), file=sys.stderr, flush=True)
@@ -85,19 +86,8 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
                 print("stopped before the first step: the same command continues", file=sys.stderr)
                 return INTERRUPTED
             bands = load_bands(config, run_dir)
-            feed = (
-                BatchWorkers(
-                    config,
-                    rank,
-                    world,
-                    bands,
-                    workers=workers,
-                    stop=config.max_steps,
-                    factory=partial(make_batches, fingerprint=dataset, labels=labels),
-                )
-                if workers
-                else nullcontext(make_batches(config, rank, world, bands, dataset, labels))
-            )
+            factory = partial(make_batches, fingerprint=dataset, labels=labels)
+            feed = _feed(config, rank, world, bands, workers, factory, device)
             with feed as next_batch:
                 result = train(
                     config,
@@ -122,6 +112,43 @@ def run(config: TrainConfig, run_dir: Path, *, workers: int, device_name: str) -
     if rank == 0:
         _tell(result.step, result.finished, result.was_complete, run_dir)
     return 0 if result.finished else INTERRUPTED
+
+
+def _feed(
+    config: TrainConfig,
+    rank: int,
+    world: int,
+    bands: Any,
+    workers: int | None,
+    factory: Callable[..., Any],
+    device: "torch.device",
+) -> Any:
+    """The source of batches of a rank, as a context: from processes, or from this one (workers=0)."""
+    from trainer.compute import host_arrays, step_clock
+    from trainer.feeding import Ahead, Pace, most_makers, own_cpus
+    from trainer.workers import BatchWorkers
+
+    if workers == 0:
+        return nullcontext(factory(config, rank, world, bands))
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(f"workers of rank 0: {text}", file=sys.stderr, flush=True)
+
+    processes = BatchWorkers(
+        config,
+        rank,
+        world,
+        bands,
+        workers=workers or 1,
+        stop=config.max_steps,
+        factory=factory,
+        allocate=host_arrays(device),
+        say=say,
+    )
+    most = most_makers(own_cpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    pace = None if workers is not None else Pace(most, say, step_clock(device))
+    return Ahead(processes, config.max_steps, pace)
 
 
 class StoppedError(Exception):
@@ -203,7 +230,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", required=True, help="a preset's name or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="change a setting")
     parser.add_argument("--run-dir", help="folder of checkpoints, metrics and the encoder")
-    parser.add_argument("--workers", type=int, default=1, help="batch processes of each rank; 0: none")
+    parser.add_argument("--workers", default="auto", help="batch processes of each rank; 0: none")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--explain", action="store_true", help="only print what follows from the settings")
     parser.add_argument("--json", action="store_true", help="with --explain: as JSON")
@@ -215,8 +242,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--json and --ranks go with --explain")
     if not options.explain and options.run_dir is None:
         parser.error("--run-dir is needed")
-    if options.workers < 0:
-        parser.error("--workers must be 0 or more")
+    try:
+        options.workers = parse_count(options.workers, "--workers", at_least=0)
+    except UserError as error:
+        parser.error(str(error))
     return options
 
 

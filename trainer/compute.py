@@ -4,6 +4,7 @@ What changes a process is put back when the run ends.
 """
 
 import gc
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,15 +104,42 @@ def scheduled_collection(every_steps: int) -> Iterator[Callable[[int], None]]:
             gc.enable()
 
 
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A batch's array on the device. A GPU copies it on its own, while the host goes on, from pinned memory.
+def host_arrays(device: torch.device) -> Callable[[tuple[int, ...]], NDArray[np.uint8]]:
+    """What allocates uint8 arrays for batches on their way to `device`: for a GPU in pinned memory, which it
+    copies from on its own. `upload` knows them.
 
-    No buffers of ours: torch keeps a pinned block until the copy out of it is done and then hands it out
-    again, so two blocks of each size take turns.
+    No buffers of ours: torch keeps a pinned block until nobody holds its array and the copies out of it are
+    done, and then hands it out again. Pinning takes milliseconds, but a few blocks take turns for ever.
     """
-    if device.type == "cuda":
+
+    def pinned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        if device.type != "cuda":
+            return torch.empty(shape, dtype=torch.uint8).numpy()
+        with torch.cuda.device(device):  # a thread begins on GPU 0, where it would open a context
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+    return pinned
+
+
+def step_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, when the device has done what it was given: a GPU computes while the host is ahead of it."""
+
+    def settled() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return settled if device.type == "cuda" else time.perf_counter
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A batch's array on the device. A GPU copies it while the host goes on; an array that is not pinned
+    (labels, batches made in this process) is copied to a pinned one before."""
+    # Of host_arrays: the tensor itself, by whose storage torch knows which block the copy holds.
+    pinned = array.base if isinstance(array.base, Tensor) and array.base.shape == array.shape else None
+    if device.type != "cuda":
+        return pinned if pinned is not None else torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    if pinned is None:
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
         pinned = torch.empty(array.shape, dtype=dtype, pin_memory=True)
         np.copyto(pinned.numpy(), array)
-        return pinned.to(device, non_blocking=True)
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    return pinned.to(device, non_blocking=True)

@@ -10,6 +10,8 @@ import atexit
 import multiprocessing as mp
 import shutil
 import signal
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,6 +27,7 @@ from shards.errors import UserError
 from trainer.augment.bands import BandStatistics
 from trainer.batches import Batch, BatchMaker
 from trainer.config import TrainConfig
+from trainer.feeding import Allocate, copied, new_array
 from trainer.labels import LabelSet
 
 MakeBatch = Callable[[int], Batch]
@@ -46,10 +49,11 @@ def make_batches(
 class BatchWorkers:
     """`feed(step)` gives the batch of `step`; after the first call, steps are asked for one after the other.
 
-    factory(*args) gives step -> Batch inside each of `workers` spawned processes, which take the steps in
-    turn and are `depth` batches ahead each; all start at the first call. stop: the first step never asked
-    for. Use it as a context manager. Raises UserError of the factory or a batch, and when /dev/shm is too
-    small; RuntimeError when a worker dies again and again.
+    factory(*args) gives step -> Batch inside each of `workers` spawned processes, each of which is asked for
+    up to `depth` batches ahead; all start at the first call, and `grow` adds some. stop: the first step never
+    asked for. allocate(shape): the uint8 array that pixels are copied to, once. Use it as a context manager.
+    Raises UserError of the factory or a batch, and when /dev/shm is too small; RuntimeError when a worker
+    dies again and again.
     """
 
     def __init__(
@@ -63,19 +67,27 @@ class BatchWorkers:
         stop: int,
         depth: int = 2,
         factory: Callable[..., MakeBatch] = make_batches,
+        allocate: Allocate = new_array,
+        say: Callable[[str], None] = print,
     ) -> None:
         n = config.data.batch_size // world
         self._shapes = [(group.count, n, group.size, group.size) for group in config.views.crops]
         self._task = (factory, (config, rank, world, bands), self._shapes)
         self._count, self._depth, self._stop = workers, depth, stop
+        self._allocate, self._say = allocate, say
         self._workers: list[_Worker] = []
-        self._first = self._next = -1
+        self._owed: deque[tuple[int, _Worker]] = deque()  # steps in order, and who makes them
+        self._next = self._unasked = -1
 
     def __enter__(self) -> "BatchWorkers":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def count(self) -> int:
+        return len(self._workers)
 
     @property
     def pids(self) -> list[int]:
@@ -86,11 +98,25 @@ class BatchWorkers:
             self._start(step)
         if step != self._next:
             raise ValueError(f"batch {step} was asked for, {self._next} is next")
-        worker = self._workers[(step - self._first) % self._count]
-        batch = worker.take(step)
-        self._ask(step + self._count * self._depth)
+        _, worker = self._owed[0]
+        batch = worker.take(step, self._allocate)
+        self._owed.popleft()
         self._next += 1
+        self._ask()
         return batch
+
+    def grow(self, makers: int) -> None:
+        """Start processes up to that number, as far as /dev/shm has room for their batches."""
+        while len(self._workers) < makers:
+            if not _has_room(self._depth * _nbytes(self._shapes)):
+                self._say(f"{len(self._workers)} processes make batches: /dev/shm has no room for more")
+                break
+            self._workers.append(_Worker(self._task, self._depth))
+        self._ask()
+
+    def interrupt(self) -> None:
+        for worker in self._workers:
+            worker.interrupt()
 
     def close(self) -> None:
         """End the processes and free the shared memory; may be called twice."""
@@ -100,40 +126,52 @@ class BatchWorkers:
         self._workers = []
 
     def _start(self, step: int) -> None:
-        self._first = self._next = step
-        _check_shared_memory(self._count * self._depth * _nbytes(self._shapes))
+        self._next = self._unasked = step
+        needed = self._count * self._depth * _nbytes(self._shapes)
+        if not _has_room(needed):
+            raise UserError(
+                f"/dev/shm has no room for {needed >> 20} MiB of batches: use fewer --workers, "
+                "or give the container more (docker run --shm-size)"
+            )
         atexit.register(self.close)  # before multiprocessing joins children that wait for us
-        for _ in range(self._count):
-            self._workers.append(_Worker(self._task, self._depth, _nbytes(self._shapes)))
-        for ahead in range(self._count * self._depth):
-            self._ask(step + ahead)
+        self.grow(self._count)
 
-    def _ask(self, step: int) -> None:
-        if step < self._stop:
-            position = step - self._first
-            slot = position // self._count % self._depth
-            self._workers[position % self._count].ask(step, slot)
+    def _ask(self) -> None:
+        """Keep every worker busy: the next step is asked of the one that owes the fewest."""
+        while self._unasked < self._stop:
+            worker = min(self._workers, key=lambda one: one.owes)
+            if worker.owes >= self._depth:
+                return
+            worker.ask(self._unasked)
+            self._owed.append((self._unasked, worker))
+            self._unasked += 1
 
 
 class _Worker:
-    """One process, its pipe, its shared blocks, and the steps that it owes."""
+    """One process, its pipe, its shared blocks (one a batch), and the steps that it owes."""
 
-    def __init__(self, task: tuple[Any, ...], depth: int, nbytes: int) -> None:
+    def __init__(self, task: tuple[Any, ...], depth: int) -> None:
         self._task, self._shapes = task, task[2]
-        self._blocks = [SharedMemory(create=True, size=nbytes) for _ in range(depth)]
-        self._owed: dict[int, int] = {}  # step: slot, in order
-        self._deaths = 0
+        self._blocks = [SharedMemory(create=True, size=_nbytes(self._shapes)) for _ in range(depth)]
+        self._free = list(range(depth))
+        self._owed: dict[int, int] = {}  # step: block, in order
+        self._deaths, self._interrupted = 0, False
         self._spawn()
 
     @property
     def pid(self) -> int:
         return self._process.pid or -1
 
-    def ask(self, step: int, slot: int) -> None:
-        self._owed[step] = slot
-        self._send(step, slot)
+    @property
+    def owes(self) -> int:
+        return len(self._owed)
 
-    def take(self, step: int) -> Batch:
+    def ask(self, step: int) -> None:
+        block = self._free.pop()
+        self._owed[step] = block
+        self._send(step, block)
+
+    def take(self, step: int, allocate: Allocate) -> Batch:
         """The oldest batch that is owed, which is `step`'s."""
         while True:
             try:
@@ -144,10 +182,15 @@ class _Worker:
             if kind == "mistake":
                 raise UserError(value)
             assert value.step == step
-            slot = self._owed.pop(step)
+            block = self._owed.pop(step)
             self._deaths = 0
-            crops = tuple(view.copy() for view in _views(self._blocks[slot], self._shapes))
+            crops = tuple(copied(view, allocate) for view in _views(self._blocks[block], self._shapes))
+            self._free.append(block)
             return replace(value, crops=crops)
+
+    def interrupt(self) -> None:
+        self._interrupted = True
+        self._process.kill()
 
     def close(self) -> None:
         self._connection.close()  # the worker sees the end of its pipe
@@ -168,6 +211,8 @@ class _Worker:
         theirs.close()  # ours must be the only other end, or its death would go unnoticed
 
     def _revive(self, step: int) -> None:
+        if self._interrupted:
+            raise RuntimeError(f"batch {step} was interrupted")
         self._deaths += 1
         self._process.join()
         self._connection.close()
@@ -177,12 +222,12 @@ class _Worker:
                 f"at last with exit code {self._process.exitcode}"
             )
         self._spawn()
-        for owed, slot in self._owed.items():
-            self._send(owed, slot)
+        for owed, block in self._owed.items():
+            self._send(owed, block)
 
-    def _send(self, step: int, slot: int) -> None:
+    def _send(self, step: int, block: int) -> None:
         with suppress(ConnectionError):  # it died: `take` will notice and send all that is owed again
-            self._connection.send((step, slot))
+            self._connection.send((step, block))
 
 
 def _work(
@@ -199,11 +244,13 @@ def _work(
     try:
         make = factory(*args)
         while True:
-            step, slot = connection.recv()
+            step, block = connection.recv()
+            began = time.perf_counter()
             batch = make(step)
-            for view, crop in zip(_views(blocks[slot], shapes), batch.crops, strict=True):
+            for view, crop in zip(_views(blocks[block], shapes), batch.crops, strict=True):
                 view[:] = crop
-            connection.send(("batch", replace(batch, crops=())))
+            seconds = batch.seconds | {"make": time.perf_counter() - began}
+            connection.send(("batch", replace(batch, crops=(), seconds=seconds)))
     except UserError as error:
         connection.send(("mistake", str(error)))
     except (EOFError, ConnectionError):
@@ -223,9 +270,5 @@ def _nbytes(shapes: Sequence[tuple[int, ...]]) -> int:
     return sum(int(np.prod(shape)) for shape in shapes)
 
 
-def _check_shared_memory(needed: int) -> None:
-    if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free < needed:
-        raise UserError(
-            f"/dev/shm has no room for {needed >> 20} MiB of batches: use fewer --workers, "
-            "or give the container more (docker run --shm-size)"
-        )
+def _has_room(nbytes: int) -> bool:
+    return not _SHARED_MEMORY.is_dir() or shutil.disk_usage(_SHARED_MEMORY).free >= nbytes

@@ -3,23 +3,28 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
 
 from orchestration.cluster import connected
-from orchestration.feed import Feed, rank_resources
+from orchestration.feed import Feed, Feeders, make_batches, rank_resources
 from shards.errors import UserError
-from trainer.batches import Batch
+from tests.batches import make
+from tests.orchestration import jobs
+from trainer.batches import Batch, BatchMaker
+from trainer.workers import BatchWorkers
 
 pytestmark = pytest.mark.ray
 STEPS = 40
+STORE, LARGE = 150 * 2**20, 4 * 2**20
 
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    with connected(cpus=4, object_store_bytes=150 * 2**20):
+    with connected(cpus=4, object_store_bytes=STORE):
         yield
 
 
@@ -50,7 +55,7 @@ def test_batches_come_in_order_from_actors_without_torch(local_ray):
         assert [actor["torch"] for actor in feed.ready()] == [False, False]
         for step in range(5, STEPS):  # as after a resume
             check(feed(step), step)
-            assert feed.depth == min(3, STEPS - 1 - step)
+            assert feed.depth == min(4, STEPS - 1 - step)
 
 
 def test_killed_actors_change_nothing(local_ray):
@@ -91,3 +96,61 @@ def test_a_users_mistake_in_an_actor_stays_one_line(local_ray):
         pytest.raises(UserError, match=r"^shard 5 is missing: run ingest verify$"),
     ):
         feed(33)
+
+
+def test_more_actors_join_when_they_run_and_one_without_a_place_holds_up_nothing(local_ray):
+    with Feed(counting, (0,), Feeders(1, 3), stop=10**6, cpus=3.0) as feed:  # of four
+        check(feed(0), 0)
+        feed.grow(3)
+        steps = count(1)
+        jobs.poll("one more actor", lambda: check(feed(step := next(steps)), step) or feed.count == 2)
+        for step in range(next(steps), next(steps) + 30):
+            check(feed(step), step)
+        assert feed.count == 2 and feed.overflowing == 0
+
+
+def test_memory_stays_bounded_with_a_consumer_that_stops(local_ray):
+    """Of 10^6 batches that may be made, those in flight lie in the object store; nothing is spilled, though
+    more bytes pass than it holds."""
+    before, _ = store_bytes()
+    with Feed(large, (), feeders=1, stop=10**6, cpus=0.5) as feed:
+        for step in range(45):
+            assert feed(step).step == step
+            assert store_bytes()[0] < STORE
+        # Ray gives back what is no longer held once a second.
+        jobs.poll("three batches", lambda: 3 * LARGE <= store_bytes()[0] - before < 4 * LARGE)
+        assert {store_bytes()[0] - before < 4 * LARGE for _ in range(20)} == {True}
+        assert feed.depth == 3
+    jobs.poll("an empty object store", lambda: store_bytes()[0] <= before)
+    assert store_bytes()[1] == 0
+
+
+def large() -> Callable[[int], Batch]:
+    crops = np.zeros((LARGE,), np.uint8)  # small ones do not go through the object store
+    return lambda step: Batch(step, (crops,), ("ct",), ("a",), (0,), {})
+
+
+def store_bytes() -> tuple[int, int]:
+    """In the object store of this node, and spilled so far."""
+    import ray
+    from ray._private.internal_api import node_stats
+
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+    return stats.store_stats.object_store_bytes_used, stats.store_stats.spilled_bytes_total
+
+
+def test_ray_actors_and_worker_processes_make_the_same_batches(local_ray, tmp_path):
+    config = make.config(make.dataset(tmp_path / "data", tmp_path / "scratch"), energy_probability=0)
+    plain = BatchMaker(config, 0, 1, None)
+    with (
+        Feed(make_batches, (config.model_dump_json(), 0, 1, None), feeders=1, stop=9, cpus=0.5) as feed,
+        BatchWorkers(config, 0, 1, None, workers=1, stop=9) as workers,
+    ):
+        for step in range(5, 9):
+            expected = plain(step)
+            for batch in (feed(step), workers(step)):
+                assert (batch.keys, batch.passes) == (expected.keys, expected.passes)
+                for ours, theirs in zip(batch.crops, expected.crops, strict=True):
+                    np.testing.assert_array_equal(ours, theirs)

@@ -36,6 +36,7 @@ def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
         "log_every_steps=1",
     ]
     flags = [part for setting in settings for part in ("--set", setting)]
+    flags += ["--feeders", "1"]
     return ["pretrain", "--dataset", str(data), "--run-dir", str(run_dir), *flags, *more]
 
 
