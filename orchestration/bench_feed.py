@@ -1,8 +1,16 @@
-"""`medswav bench feed`: batches through Ray augmentation actors, and what uint8 saves on the way."""
+"""`medswav bench feed`: batches on their way to one rank, against torch's DataLoader with as many workers.
+
+Three things are measured of Ray actors and of the worker processes of a run without Ray: how many images a
+second come through (batches that cost nothing to make), how long a consumer of known speed waits once the
+makers have been counted automatically, and what lies in the object store when the consumer stops.
+"""
 
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +19,71 @@ import numpy as np
 from orchestration.bench import Figure, figure, take_turns
 from orchestration.bench_images import write_dataset
 from orchestration.cluster import connected
-from orchestration.feed import DEPTH, Feed, make_batches, object_store_bytes
+from orchestration.feed import Feed, Feeders
 from trainer.augment.bands import fit_statistics
-from trainer.batches import Batch, BatchMaker
+from trainer.batches import Batch
 from trainer.config import TrainConfig, load_config
+from trainer.feeding import WAIT_SHARE, Ahead, Pace
+from trainer.workers import BatchWorkers, make_batches
 
-SAMPLES, SIDE, BATCH, BATCHES = 64, 256, 32, 24
-WIRE_CROPS = ((2, 224), (6, 92))
+SAMPLES, SIDE, BATCH, MAKERS = 64, 256, 32, 2
+CROPS = "[{count: 2, size: 224}, {count: 6, size: 92}]"
+STORE_BYTES, BATCHES, WARM_UP = 1 << 30, 60, 10
+SLOW_SECONDS, STEP_SECONDS, STEPS = 0.08, 0.02, 80
+MOST = 8  # makers that may be started; they sleep, so that the number of cores does not matter
+FOREVER = 10**9
 Factory = Callable[..., Callable[[int], Batch]]
+Next = Callable[[], Any]
 
 
-def ready_made(count: int, kind: str) -> Callable[[int], Batch]:
-    """A batch function that costs nothing: `count` images of the paper's crops as `kind`, always the same."""
-    crops = tuple(np.zeros((n, count, side, side), kind) for n, side in WIRE_CROPS)
-
-    def make(step: int) -> Batch:
-        return Batch(step, crops, ("ct",), ("",) * count, (0,) * count, {})
-
-    return make
+def ready_made(config: TrainConfig, rank: int, world: int, bands: Any, kind: str = "uint8") -> Any:
+    """A batch function that costs nothing: always the same crops."""
+    n = config.data.batch_size // world
+    crops = tuple(np.zeros((c.count, n, c.size, c.size), kind) for c in config.views.crops)
+    return lambda step: Batch(step, crops, config.data.modalities, ("",) * n, (0,) * n, {})
 
 
-def measure(seconds: float, batches: int = BATCHES) -> Iterator[Figure]:
-    """Images/s that one consumer gets: one and two actors against its own process; uint8 against float32."""
-    with tempfile.TemporaryDirectory(prefix="medswav-bench-") as folder:
+def slow(config: TrainConfig, rank: int, world: int, bands: Any) -> Any:
+    """The same after SLOW_SECONDS, as from a slow store: as many at a time as there are makers."""
+    make = ready_made(config, rank, world, bands)
+
+    def wait(step: int) -> Batch:
+        time.sleep(SLOW_SECONDS)
+        return make(step)
+
+    return wait
+
+
+class Steps:
+    """Step -> crops, as a dataset of torch's DataLoader, which makes the batch function in each worker."""
+
+    def __init__(self, factory: Factory, args: tuple[Any, ...]) -> None:
+        self._factory, self._args = factory, args
+        self._make: Callable[[int], Batch] | None = None
+
+    def __len__(self) -> int:
+        return FOREVER
+
+    def __getitem__(self, step: int) -> list[Any]:
+        import torch
+
+        self._make = self._make or self._factory(*self._args)
+        return [torch.from_numpy(crop) for crop in self._make(step).crops]
+
+
+def measure(seconds: float) -> Iterator[Figure]:
+    """Images/s, percent of the time waited, and bytes in the object store."""
+    paper = load_config("demo", ("data.modalities=[ct]", f"data.batch_size={BATCH}", f"views.crops={CROPS}"))
+    with connected(cpus=2 * MOST, object_store_bytes=STORE_BYTES), tempfile.TemporaryDirectory() as folder:
+        arguments = (paper, 0, 1, None)
+        yield from _transport(arguments, seconds / 3)
+        yield _memory(arguments)
+        yield from _waits(arguments, seconds / 3)
         root = Path(folder) / "dataset"
         write_dataset(root, Path(folder) / "scratch", SAMPLES, SIDE)
-        config = load_config(
-            "demo", (f"data.dataset={root}", "data.modalities=[ct]", f"data.batch_size={BATCH}")
-        )
-        bands = _bands(config)
-        store = object_store_bytes(config, 1, DEPTH, 1 << 30)
-        with connected(cpus=4, object_store_bytes=store):
-            for feeders in (1, 2):
-                yield _feed(config, bands, feeders, batches, seconds / 3)
-            yield _wire(batches, seconds / 3)
+        given = (f"data.dataset={root}", "data.modalities=[ct]", f"data.batch_size={BATCH}")
+        config = load_config("demo", given)
+        yield _demo((config, 0, 1, _bands(config)), seconds / 3)
 
 
 def _bands(config: TrainConfig) -> Any:
@@ -54,49 +93,150 @@ def _bands(config: TrainConfig) -> Any:
     return {"ct": fit_statistics(images, config.views.sigmas)}
 
 
-def _feed(config: TrainConfig, bands: Any, feeders: int, batches: int, seconds: float) -> Figure:
-    arguments = (config.model_dump_json(), 0, 1, bands)
-
-    def alone() -> None:
-        maker = BatchMaker(config, 0, 1, bands)  # a new one, as the actors are: nothing is cached yet
-        for step in range(batches):
-            maker(step)
-
-    sides = {"feed": lambda: _consume(make_batches, arguments, feeders, batches), "alone": alone}
-    took, turns = take_turns(sides, seconds)
-    return figure(
-        f"feed_{feeders}_actor{'s' * (feeders > 1)}",
-        BATCH * batches / took["feed"],
-        "images/s",
-        BATCH * batches / took["alone"],
-        "the same batches made in the consumer's process, which then cannot train",
-        turns,
-        f"demo crops of {SIDE} px CT slices, batches of {BATCH}, uint8, start of the actors left out",
-    )
-
-
-def _wire(batches: int, seconds: float) -> Figure:
-    def side(kind: str) -> float:
-        return _consume(ready_made, (BATCH, kind), 1, batches)
-
-    took, turns = take_turns({"uint8": lambda: side("uint8"), "float32": lambda: side("float32")}, seconds)
-    megabytes = BATCH * sum(n * s * s for n, s in WIRE_CROPS) / 1e6
-    return figure(
-        "feed_wire_uint8",
-        BATCH * batches / took["uint8"],
-        "images/s",
-        BATCH * batches / took["float32"],
-        "the same crops sent as float32",
-        turns,
-        f"ready-made batches of {BATCH} x (2 x 224 px + 6 x 92 px), {megabytes:.1f} MB as uint8",
-    )
+def _transport(arguments: tuple[Any, ...], seconds: float) -> Iterator[Figure]:
+    """Ready-made batches of the paper's crops; the wire in float32 as well."""
+    with ExitStack() as stack:
+        sources = {
+            "ray": _of_actors(stack, ready_made, arguments, MAKERS),
+            "ray_1": _of_actors(stack, ready_made, arguments, 1),
+            "float32": _of_actors(stack, ready_made, (*arguments, "float32"), MAKERS),
+            "processes": _of_processes(stack, ready_made, arguments, MAKERS),
+            "torch": _of_torch(stack, ready_made, arguments, MAKERS),
+        }
+        sides = {name: partial(_timed, source) for name, source in sources.items()}
+        took, turns = take_turns(sides, seconds)
+    rates = {name: BATCH * BATCHES / value for name, value in took.items()}
+    nbytes = BATCH * sum(c.count * c.size**2 for c in arguments[0].views.crops)
+    about = f"ready-made batches of {BATCH} x (2 x 224 px + 6 x 92 px), {nbytes / 1e6:.1f} MB in uint8"
+    torchs = f"torch's DataLoader with {MAKERS} workers"
+    for name, value, base, versus in (
+        ("feed_transport_ray", "ray", "torch", torchs),
+        ("feed_transport_processes", "processes", "torch", torchs),
+        ("feed_transport_ray_1_actor", "ray_1", "ray", f"{MAKERS} actors"),
+        ("feed_transport_uint8", "ray", "float32", "the same crops sent as float32"),
+    ):
+        makers = 1 if value == "ray_1" else MAKERS
+        yield figure(name, rates[value], "images/s", rates[base], versus, turns, f"{makers} makers; {about}")
 
 
-def _consume(factory: Factory, arguments: tuple[Any, ...], feeders: int, batches: int) -> float:
-    """Seconds for `batches` batches through a new feed, after its actors are ready."""
-    with Feed(factory, arguments, feeders, stop=batches) as feed:
-        feed.ready()
-        start = time.perf_counter()
-        for step in range(batches):
+def _memory(arguments: tuple[Any, ...]) -> Figure:
+    with Feed(ready_made, arguments, MAKERS, FOREVER) as feed:
+        for step in range(2 * BATCHES):
             feed(step)
-        return time.perf_counter() - start
+        since, used = time.monotonic(), store_bytes()
+        while time.monotonic() - since < 3:  # freed ones go once a second; then it has to stay so
+            time.sleep(0.1)
+            used, before = store_bytes(), used
+            if used != before:
+                since = time.monotonic()
+        depth = feed.depth
+    detail = f"a consumer that stopped after {2 * BATCHES} of {FOREVER:.0e} batches; {depth} are in flight"
+    return figure("feed_memory", used, "bytes", STORE_BYTES / 2, "half of the object store", 1, detail)
+
+
+def _waits(arguments: tuple[Any, ...], seconds: float) -> Iterator[Figure]:
+    for name, source in (("ray", _automatic_actors), ("processes", _automatic_processes)):
+        yield _wait(f"feed_wait_{name}", source, arguments, seconds / 2)
+
+
+def _wait(name: str, source: Any, arguments: tuple[Any, ...], seconds: float) -> Figure:
+    """Percent of its time that a consumer of STEP_SECONDS waits for batches of SLOW_SECONDS."""
+    with ExitStack() as stack:
+        feed, ahead, pace = source(stack, arguments)
+        steps = count()
+        end = time.monotonic() + 90
+        while not pace.done and time.monotonic() < end:
+            ahead(next(steps))
+            time.sleep(STEP_SECONDS)
+        makers = feed.count
+        loader = _of_torch(stack, slow, arguments, makers)
+        sides = {"auto": lambda: _share(lambda: ahead(next(steps))), "torch": lambda: _share(loader)}
+        shares, turns = take_turns(sides, seconds)
+    detail = (
+        f"auto found {makers} makers for batches of {1e3 * SLOW_SECONDS:.0f} ms (asleep, as in slow reads) "
+        f"and steps of {1e3 * STEP_SECONDS:.0f} ms; the limit is {100 * WAIT_SHARE:.0f} %; one maker alone: "
+        f"{100 * (1 - STEP_SECONDS / SLOW_SECONDS):.0f} % by arithmetic"
+    )
+    versus = f"torch's DataLoader with {makers} workers"
+    return figure(name, max(shares["auto"], 0.01), "%", max(shares["torch"], 0.01), versus, turns, detail)
+
+
+def _demo(arguments: tuple[Any, ...], seconds: float) -> Figure:
+    with ExitStack() as stack:
+        ours = _of_actors(stack, make_batches, arguments, MAKERS)
+        theirs = _of_torch(stack, make_batches, arguments, MAKERS)
+        took, turns = take_turns({"ray": lambda: _timed(ours), "torch": lambda: _timed(theirs)}, seconds)
+    rates = {name: BATCH * BATCHES / value for name, value in took.items()}
+    detail = f"demo crops of {SIDE} px CT slices, batches of {BATCH}; {MAKERS} makers"
+    versus = f"torch's DataLoader with {MAKERS} workers, which makes the same batches"
+    return figure("feed_demo_crops", rates["ray"], "images/s", rates["torch"], versus, turns, detail)
+
+
+def _timed(source: Next) -> float:
+    """Seconds for BATCHES batches, after some that were made while others had their turn."""
+    for _ in range(WARM_UP):
+        source()
+    start = time.perf_counter()
+    for _ in range(BATCHES):
+        source()
+    return time.perf_counter() - start
+
+
+def _share(source: Next) -> float:
+    """Percent of the time waited in STEPS steps."""
+    waited, start = 0.0, time.perf_counter()
+    for _ in range(STEPS):
+        asked = time.perf_counter()
+        source()
+        waited += time.perf_counter() - asked
+        time.sleep(STEP_SECONDS)
+    return 100 * waited / (time.perf_counter() - start)
+
+
+def _of_actors(stack: ExitStack, factory: Factory, args: tuple[Any, ...], makers: int) -> Next:
+    feed = Feed(factory, args, makers, FOREVER)
+    ahead, steps = stack.enter_context(Ahead(feed, FOREVER)), count()
+    feed.ready()
+    return lambda: ahead(next(steps))
+
+
+def _of_processes(stack: ExitStack, factory: Factory, args: tuple[Any, ...], makers: int) -> Next:
+    workers = BatchWorkers(*args, workers=makers, stop=FOREVER, factory=factory)
+    ahead, steps = stack.enter_context(Ahead(workers, FOREVER)), count()
+    return lambda: ahead(next(steps))
+
+
+def _of_torch(stack: ExitStack, factory: Factory, args: tuple[Any, ...], makers: int) -> Next:
+    from torch.utils.data import DataLoader
+
+    steps: Any = Steps(factory, args)
+    loader = DataLoader(steps, batch_size=None, num_workers=makers, multiprocessing_context="spawn")
+    iterator: Any = iter(loader)
+    stack.callback(iterator._shutdown_workers)
+    return lambda: next(iterator)
+
+
+def _automatic_actors(stack: ExitStack, args: tuple[Any, ...]) -> tuple[Feed, Ahead, Pace]:
+    feed, pace = Feed(slow, args, Feeders(1, MOST), FOREVER), Pace(MOST, _ignore)
+    return feed, stack.enter_context(Ahead(feed, FOREVER, pace)), pace
+
+
+def _automatic_processes(stack: ExitStack, args: tuple[Any, ...]) -> tuple[BatchWorkers, Ahead, Pace]:
+    feed = BatchWorkers(*args, workers=1, stop=FOREVER, factory=slow)
+    pace = Pace(MOST, _ignore)
+    return feed, stack.enter_context(Ahead(feed, FOREVER, pace)), pace
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+def store_bytes() -> int:
+    """In the object store of this node."""
+    import ray
+    from ray._private.internal_api import node_stats  # no public call tells it before minutes have passed
+
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+    return int(stats.store_stats.object_store_bytes_used)
