@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 _TIMEOUT_SECONDS = 120
+# What takes seconds to import, and ranks would import each for itself; torch._dynamo: any optimizer does it.
+_IMPORTED_ONCE = ["torch", "torch.distributed", "torch._dynamo", "trainer.loop", "tests.trainer.fake"]
 
 
 def run_ranks(function: Callable[..., Any], n: int, *args: Any) -> list[Any]:
@@ -22,10 +24,8 @@ def run_ranks(function: Callable[..., Any], n: int, *args: Any) -> list[Any]:
     function must be importable (defined at the top of a module). Results may hold tensors. Raises
     AssertionError with a rank's traceback if it fails, and ends the other ranks.
     """
-    context = mp.get_context(
-        "forkserver"
-    )  # torch is imported once, and no rank inherits this process' threads
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context = mp.get_context("forkserver")  # no rank inherits this process' threads
+    context.set_forkserver_preload(_IMPORTED_ONCE)
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(n):
@@ -65,7 +65,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
 def _rank_main(
     function: Callable[..., Any], rank: int, world: int, store: str, sender: Connection, args: tuple[Any, ...]
 ) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # more would hang: threads of the process that was forked are gone
     failure, payload = None, b""
     try:
         dist.init_process_group(

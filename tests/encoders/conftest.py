@@ -1,10 +1,8 @@
 """A small dataset of three modalities and a run on it that is not finished."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.batches import make
 from tests.trainer.fake import FakeBatches, tiny
@@ -12,15 +10,6 @@ from trainer.batches import Batch
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.prepare import dataset_fingerprint
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose far more by waiting for threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,6 @@ def crop(step: int, index: int) -> Tensor:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_g3_losses_and_final_state_equal_the_reference(setting):
-    torch.set_num_threads(1)
     epsilon, base_rate = (float(part) for part in setting.removeprefix("eps").split("_lr"))
     config, golden = config_of(epsilon, base_rate), GOLDEN[setting]
     model, queue = golden_model(config), build_queue(config)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
-import torch
 
 from orchestration.cli import main
 from tests.batches import make
@@ -17,15 +16,12 @@ from trainer.models.resnet import build_backbone
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset and an unfinished run on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("model")
     dataset = make.dataset(folder / "data", folder / "scratch")
     trained(config(dataset), folder / "run", stop=True)
     safetensors.torch.save_file(build_backbone("resnet-tiny").state_dict(), folder / "bare.safetensors")
     (folder / "there.parquet").write_text("keep me")
-    yield folder
-    torch.set_num_threads(threads)
+    return folder
 
 
 def call(place: Path, capsys, *arguments: str) -> tuple[int, str, str]:

@@ -147,7 +147,6 @@ def _train_rank(
     ],
 )
 def test_g5_training_equals_one_process(world, optimizer, queue_length, uneven, groups):
-    torch.set_num_threads(1)
     ranks = run_ranks(_train_rank, world, optimizer, queue_length, uneven, groups)
     state, metrics, queue = _train(_config(optimizer, queue_length, groups), 0, 1)
     for rank_state, rank_metrics, rank_queue in ranks:

@@ -24,14 +24,6 @@ from trainer.step import train_step
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def norms_and_input() -> tuple[nn.Module, Tensor]:
     """Of all ranks: [n, C, S, S], with a mean that is large beside the deviation."""
     generator = torch.Generator().manual_seed(0)

@@ -81,7 +81,6 @@ def test_gradients_metrics_and_queue_are_those_of_the_whole_batch(groups):
 
 
 def test_ranks_with_micro_batches_equal_one_process():
-    torch.set_num_threads(1)
     whole = step_of(config(1))
     for found in run_ranks(_rank, 2, 3):
         check_equal(found, whole)

@@ -41,14 +41,6 @@ def small(in_channels: int) -> nn.Module:
     return Small(in_channels)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def steps(config: TrainConfig, n: int) -> tuple[list[float], nn.Module, int]:
     """Losses, the network with the gradients of the last step, and the bytes that its forward keeps."""
     torch.manual_seed(0)

@@ -22,14 +22,6 @@ from trainer.swav import codes, loss
 from trainer.swav.queue import build_queue
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Stepper:
     """Model, optimizer and queue of a tiny run, one step at a time."""
 

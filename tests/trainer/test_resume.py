@@ -1,7 +1,6 @@
 """G11 and the promises of the loop: an interrupted run gives exactly the losses of one that was not."""
 
 import errno
-import os
 import signal
 import subprocess
 import sys
@@ -54,8 +53,7 @@ def driver(*arguments: object, ranks: int = 1) -> int:
     if ranks > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     command += ["tests.trainer.driver", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200, check=False)
     return done.returncode
 
 
@@ -188,9 +186,17 @@ def test_a_batch_of_another_shape_is_not_trained_on(tmp_path):
 
 
 def test_threads_and_determinism_are_put_back(tmp_path):
-    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
-    run(tmp_path, tiny(max_steps=1))
-    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+    def arrangement() -> tuple[int, bool]:
+        return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+    before, seen, batches = arrangement(), [], FakeBatches(tiny())
+
+    def next_batch(step: int) -> Batch:
+        seen.append(arrangement())
+        return batches(step)
+
+    run(tmp_path, tiny(max_steps=1, threads=before[0] + 1), next_batch)
+    assert seen == [(before[0] + 1, True)] and arrangement() == before
 
 
 def _rank(rank: int, world: int, run_dir: str, stop_step: int) -> tuple[int, bool, list[str]]:

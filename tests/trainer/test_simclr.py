@@ -63,7 +63,6 @@ def _step(rank: int, world: int) -> tuple[float, dict[str, Tensor], dict[str, fl
 
 
 def test_negatives_over_ranks_give_the_loss_and_gradients_of_one_process():
-    torch.set_num_threads(1)
     _, gradients, metrics = _step(0, 1)
     for _, of_rank, told in run_ranks(_step, 2):
         for name, value in gradients.items():

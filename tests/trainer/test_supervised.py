@@ -104,7 +104,6 @@ class Small(nn.Linear):
     [("batch", "none"), ("labelled", "of rank 1"), ("labelled", "all")],
 )
 def test_ranks_equal_one_process_also_where_one_or_all_have_no_label(denominator, unlabelled):
-    torch.set_num_threads(1)
     gradients, metrics = _step(0, 1, denominator, unlabelled)
     assert {"label_heads.finding.weight", "label_heads.signs.bias", "backbone.weight"} <= gradients.keys()
     assert (metrics["labelled/finding"] > 0) is (unlabelled != "all")
