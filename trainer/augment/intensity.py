@@ -36,17 +36,17 @@ def apply_intensity(
     """clip(gain * max(x, 0)^gamma + offset, 0, 1) per image of a stack f32[n, S, S], as uint8 [n, S, S].
 
     The energy augmentation may leave [0, 1]; a power needs x >= 0, everything else waits for the one clip
-    at the end. gamma, gain, offset: [n]; 1, 1, 0 is the identity. The stack is used as scratch.
+    at the end, which the conversion to uint8 is: linear, rounded and saturated in one pass. gamma, gain,
+    offset: [n]; 1, 1, 0 is the identity. The stack is used as scratch.
     """
-    np.maximum(stack, 0, out=stack)
-    for image, exponent in zip(stack, gamma.tolist(), strict=True):
+    done = np.empty(stack.shape, np.uint8)
+    for i, (exponent, a, b) in enumerate(zip(gamma.tolist(), gain.tolist(), offset.tolist(), strict=True)):
+        image = stack[i]
+        cv2.threshold(image, 0, 0, cv2.THRESH_TOZERO, dst=image)
         if exponent != 1.0:
             cv2.pow(image, exponent, dst=image)
-    # The rounding half is part of the offset: the cast to integers cuts.
-    stack *= (255 * gain).astype(np.float32)[:, None, None]
-    stack += (255 * offset + 0.5).astype(np.float32)[:, None, None]
-    np.clip(stack, 0, 255.5, out=stack)
-    return stack.astype(np.uint8)
+        cv2.addWeighted(image, 255 * a, image, 0, 255 * b, dst=done[i], dtype=cv2.CV_8U)
+    return done
 
 
 def _window(row: Mapping[str, Any], config: IntensityConfig) -> Levels:

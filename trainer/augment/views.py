@@ -30,14 +30,19 @@ from trainer.config import Range, ViewConfig
 
 _BORDER = cv2.BORDER_REFLECT
 _WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+_TRIANGLE = 1 / 6  # variance of a triangle filter, px² of the pixels that it makes
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all views of an image share: its pyramid at the working resolution. shape: (H, W) given, px."""
+    """What all views of an image share: its pyramid at the working resolution. shape: (H, W) given, px.
+
+    blur: variance, in px² of the working resolution, by which it was smoothed when it was shrunk to that.
+    """
 
     pyramid: Pyramid
     shape: tuple[int, int]
+    blur: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -78,10 +83,12 @@ def prepare(
     """Bring an image f32[H, W] to its working resolution and split it into bands."""
     shape = (image.shape[0], image.shape[1])
     scale = crop.finest_scale(shape, views, size_range or views.default_size_range)
+    blur = 0.0
     if scale < 1:
+        blur = _TRIANGLE
         rows, columns = max(round(shape[0] * scale), 1), max(round(shape[1] * scale), 1)
-        image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA)
-    return Prepared(band.build_pyramid(image, views.sigmas) if with_bands else band.plain(image), shape)
+        image = _shrink(image, rows, columns)
+    return Prepared(band.build_pyramid(image, views.sigmas) if with_bands else band.plain(image), shape, blur)
 
 
 def views_of(
@@ -102,7 +109,7 @@ def views_of(
         stack = np.empty((group.count, group.size, group.size), np.float32)
         for out in stack:
             own = weights[v] if weights and draws.energy_on[v] else None
-            _render(prepared.pyramid, own, draws.placements[v], out)
+            _render(prepared, own, draws.placements[v], out)
             v += 1
         part = slice(v - group.count, v)
         groups.append(apply_intensity(stack, draws.gamma[part], draws.gain[part], draws.offset[part]))
@@ -169,21 +176,30 @@ def draw(
     )
 
 
+def _shrink(image: Image, rows: int, columns: int) -> Image:
+    """To the working resolution. Views resample it once more, so this step must neither blur more than
+    `rescale` (which the views then leave out) nor alias: the whole triangle, then a cubic that adds none."""
+    factor = (image.shape[0] / rows + image.shape[1] / columns) / 2
+    kernel = _kernel(factor * factor * _TRIANGLE)
+    image = cv2.sepFilter2D(image, cv2.CV_32F, kernel, kernel, borderType=_BORDER)
+    return cv2.resize(image, (columns, rows), interpolation=cv2.INTER_CUBIC)
+
+
 def rescale(image: Image, rows: int, columns: int) -> Image:
     """Resample a whole image f32[H, W] to f32[rows, columns]."""
     fy, fx = image.shape[0] / rows, image.shape[1] / columns
     kernel = _antialias_kernel((fy + fx) / 2)
     if kernel is not None:
         image = cv2.sepFilter2D(image, cv2.CV_32F, kernel, kernel, borderType=_BORDER)
-    matrix = np.array([[fx, 0, 0.5 * fx - 0.5], [0, fy, 0.5 * fy - 0.5]])
-    return cv2.warpAffine(image, matrix, (columns, rows), flags=_WARP, borderMode=_BORDER)
+    return cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
 
 
-def _render(pyramid: Pyramid, weights: list[float] | None, place: Placement, out: Image) -> None:
+def _render(prepared: Prepared, weights: list[float] | None, place: Placement, out: Image) -> None:
     """One crop into out f32[size, size], before gamma and linear: only its own window is touched."""
+    pyramid = prepared.pyramid
     height, width = pyramid.shape
     fy, fx = height / place.rows, width / place.columns
-    kernel = _antialias_kernel((fy + fx) / 2)
+    kernel = _antialias_kernel((fy + fx) / 2, prepared.blur)
     margin = 2 + (0 if kernel is None else len(kernel) // 2)
     top, left = (place.y + 0.5) * fy - 0.5, (place.x + 0.5) * fx - 0.5  # source position of output pixel 0
     y0, y1 = _span(top, fy, place.size, margin, height)
@@ -206,10 +222,13 @@ def _span(start: float, step: float, count: int, margin: int, length: int) -> tu
     return max(int(first) - margin, 0), min(int(last) + 1 + margin, length)
 
 
-def _antialias_kernel(factor: float) -> Image | None:
-    variance = (factor * factor - 1) / 6
-    if variance <= 0.01:
-        return None
+def _antialias_kernel(factor: float, done: float = 0.0) -> Image | None:
+    """Taps against aliasing when shrinking by `factor`; done: px² of smoothing that the image has had."""
+    variance = (factor * factor - 1) * _TRIANGLE - done
+    return _kernel(variance) if variance > 0.01 else None
+
+
+def _kernel(variance: float) -> Image:
     if variance <= 0.5:
         return np.array([variance / 2, 1 - variance, variance / 2], np.float32)
     sigma = variance**0.5
