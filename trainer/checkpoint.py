@@ -7,7 +7,9 @@ Promises, each with a test in tests/trainer/test_checkpoint.py:
   only then is the pointer `LATEST` replaced. `LATEST` is for people and tools: a load trusts the manifests
   alone.
 * The newest checkpoint that verifies wins; older ones go only after the newest was read back.
-* Two live attempts (a driver that was killed, its ranks that lived on for seconds) do not harm each other.
+* Two live attempts (a driver that was killed, its ranks that lived on for seconds) do not harm each other:
+  an older one commits nothing once a newer one has begun (trainer.attempts).
+* A full disk costs the checkpoint that was being written, and no other.
 * No pickle. `torch.distributed.checkpoint` writes its `.metadata` as one, so it is not used; nothing is
   lost by that, since all state of this trainer is either the same on every rank (model, optimizer) or
   global (queues): rank 0 writes it and every world size can load it.
@@ -16,9 +18,8 @@ Promises, each with a test in tests/trainer/test_checkpoint.py:
 import errno
 import json
 import logging
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,37 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from trainer import files
+from trainer import attempts, checkpoint_files, files
+from trainer.attempts import Attempt
+from trainer.checkpoint_files import (
+    LATEST,
+    MANIFEST,
+    STATE,
+    TENSORS,
+    BrokenCheckpointError,
+    folder,
+    path_of,
+    problem,
+)
+from trainer.checkpoint_files import list_steps as list_steps
+from trainer.checkpoint_files import sweep as sweep
 from trainer.config import TrainConfig
 from trainer.labels import LabelSet, from_json
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
-TENSORS, STATE, MANIFEST, LATEST = "state.safetensors", "state.json", "manifest.json", "LATEST"
-_NAME = re.compile(r"step-(\d{8,})$")
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 # What may change between two attempts of one run: none of it changes a sample (threads and model.compile may
 # move the last bits of a loss). The dataset may move to another folder: what it holds is held to its
 # fingerprint.
@@ -69,59 +93,64 @@ class Checkpoint:
         return {name[start:]: value for name, value in self.tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
-def path_of(run_dir: Path, step: int) -> Path:
-    return folder(run_dir) / f"step-{step:08d}"
-
-
-def list_steps(run_dir: Path) -> list[int]:
-    """Steps of all complete-looking checkpoints, ascending; nothing is verified."""
-    if not folder(run_dir).is_dir():
-        return []
-    matches = (_NAME.match(path.name) for path in folder(run_dir).iterdir())
-    return sorted(int(match.group(1)) for match in matches if match)
-
-
 def save(
-    run_dir: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    attempt: Attempt | None = None,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write checkpoint `step`, verify it, then drop all but the newest `keep` up to it.
+    """Write checkpoint `step`, verify it, then drop what is older and not kept.
 
-    A verified checkpoint of the same step is left as it is. Raises UserError when the disk is full.
+    A verified checkpoint of the same step is left as it is. before_commit runs when all is written, right
+    before the rename. Raises DiskFullError and leaves no part behind; ReplacedError when a newer attempt has
+    begun (attempt None: not looked at).
     """
     final = path_of(run_dir, step)
-    if problem(final) is not None:
+    temporary = final.with_name(f"{final.name}.tmp-{files.new_attempt()}")
+    check = attempt.check if attempt is not None else lambda: None
+
+    def bad() -> bool:
+        if problem(final) is not None:
+            return True
+        return checkpoint_files.replaced_by(final, step, attempts.starts(run_dir)) is not None
+
+    try:
         with files.disk_full_is_clear("saving a checkpoint"):
-            _publish(final, step, tensors, state)
-    trouble = problem(final)
-    if trouble is not None:
-        raise OSError(errno.EIO, f"{final.name} was written but does not verify ({trouble}): check the disk")
-    with files.disk_full_is_clear("saving a checkpoint"):
-        files.replace_file(folder(run_dir) / LATEST, f"{final.name}\n".encode())
-    for old in [s for s in list_steps(run_dir) if s <= step][:-keep]:
-        _remove(path_of(run_dir, old))
+            missing = bad()
+            if missing:
+                _write(temporary, step, tensors, state, attempt)
+            before_commit()
+            check()
+            if missing:
+                checkpoint_files.publish(temporary, final, bad)
+        trouble = problem(final)
+        if trouble is not None:
+            raise OSError(
+                errno.EIO, f"{final.name} was written but does not verify ({trouble}): check the disk"
+            )
+        with files.disk_full_is_clear("saving a checkpoint"):
+            files.replace_file(folder(run_dir) / LATEST, f"{final.name}\n".encode())
+        check()  # what a newer attempt goes on from is not removed
+        checkpoint_files.prune(run_dir, step, keep, keep_every)
+    except (OSError, UserError):
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk must not be filled further
+        check()  # a newer attempt sweeps away what an older one is writing
+        raise
     return final
 
 
-def problem(path: Path) -> str | None:
-    """Why a checkpoint must not be loaded, or None: manifest, sizes and sha256 of every file."""
-    try:
-        _read_verified(path)
-    except BrokenCheckpointError as error:
-        return str(error)
-    return None
-
-
 def newest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; None where there is none at all.
+    """The newest checkpoint that counts and verifies; None where there is none at all.
 
     Raises UserError when there are checkpoints, but none of them verifies: starting over in the same folder
     would hide the loss.
     """
-    steps = list_steps(run_dir)
+    steps = checkpoint_files.steps_that_count(run_dir)
     for step in reversed(steps):
         try:
             return load(run_dir, step)
@@ -149,14 +178,6 @@ def load(run_dir: Path, step: int) -> Checkpoint:
     # Cloned: as read they are unaligned views of one buffer, which any one of them would keep in memory.
     tensors = {name: value.clone() for name, value in safetensors.torch.load(contents[TENSORS]).items()}
     return Checkpoint(step, tensors, state)
-
-
-def sweep(run_dir: Path) -> None:
-    """Remove what interrupted attempts left: they never had a final name."""
-    for place in (run_dir, folder(run_dir)):
-        if place.is_dir():
-            for path in place.glob("*.tmp-*"):
-                _remove(path)
 
 
 def check_same_run(
@@ -234,65 +255,64 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-class BrokenCheckpointError(Exception):
-    """The files of a checkpoint are not those that were written."""
-
-
 def _read_verified(path: Path) -> dict[str, bytes]:
-    """Each file read once, checked, and only those bytes are used."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        listed = manifest["files"]
-        contents = {name: (path / name).read_bytes() for name in (TENSORS, STATE)}
-        for name, data in contents.items():
-            if len(data) != listed[name]["size"] or files.sha256(data) != listed[name]["sha256"]:
-                raise BrokenCheckpointError(f"{name} is not what the manifest says")
-    except (FileNotFoundError, NotADirectoryError):
-        raise BrokenCheckpointError("a file is missing") from None
-    except (ValueError, KeyError, TypeError):
-        raise BrokenCheckpointError("the manifest is damaged") from None
+    """Each file read once, checked, and only those bytes are used. Raises BrokenCheckpointError."""
+    contents = {}
+    for name, (size, digest) in checkpoint_files.read_manifest(path).files.items():
+        try:
+            data = (path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise BrokenCheckpointError("a file is missing") from None
+        if len(data) != size or files.sha256(data) != digest:
+            raise BrokenCheckpointError(f"{name} is not what the manifest says")
+        contents[name] = data
     return contents
 
 
-def _publish(final: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f"{final.name}.tmp-{files.new_attempt()}")
-    temporary.mkdir()
-    # Copies: safetensors refuses tensors that share memory, and the step may go on writing into these.
-    staged = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    contents = {
-        TENSORS: safetensors.torch.save(staged),
-        STATE: json.dumps({"format": FORMAT_VERSION, "step": step, **state}, indent=1).encode(),
+def _write(
+    temporary: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    attempt: Attempt | None,
+) -> None:
+    temporary.mkdir(parents=True)
+    text = json.dumps({"format": FORMAT_VERSION, "step": step, **state}, indent=1).encode()
+    written = {
+        TENSORS: files.write_parts(temporary / TENSORS, safetensors_parts(tensors)),
+        STATE: files.write_parts(temporary / STATE, [memoryview(text)]),
     }
-    for name, data in contents.items():
-        files.write_synced(temporary / name, data)
-    listed = {name: {"size": len(data), "sha256": files.sha256(data)} for name, data in contents.items()}
-    manifest = {"format": FORMAT_VERSION, "step": step, "files": listed}
+    manifest = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "attempt": None if attempt is None else attempt.number,
+        "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in written.items()},
+    }
     files.write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
     files.sync_folder(temporary)
-    # Out of the way, under a name that `sweep` removes; a good one of another attempt stays where it is.
-    if final.exists() and problem(final) is not None:
-        files.rename(final, final.with_name(f"{final.name}.tmp-broken-{files.new_attempt()}"))
-    try:
-        files.rename(temporary, final)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        _remove(temporary)  # another live attempt was faster; `save` verifies what it wrote
-    files.sync_folder(final.parent)
 
 
-def _remove(path: Path) -> None:
-    """Delete under a temporary name, so that no half-deleted folder bears a checkpoint's name."""
-    if ".tmp-" not in path.name:
-        aside = path.with_name(f"{path.name}.tmp-old-{files.new_attempt()}")
-        files.rename(path, aside)
-        path = aside
-    files.before("remove", path)
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)  # another attempt may be sweeping the same names
-    else:
-        path.unlink(missing_ok=True)
+def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, tensor by tensor.
+
+    The library makes them all at once: a second copy of the state, and Python held up meanwhile, with it the
+    step that a save in the background must not disturb. The format is a length, a JSON header and the values.
+    """
+    # Widest first, so that each tensor is aligned to its own width, as the library does it.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        value = tensors[name]
+        begin, end = end, end + value.numel() * value.element_size()
+        shape = list(value.shape)
+        header[name] = {"dtype": _DTYPES[value.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        plain = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        yield plain.numpy().data
 
 
 def _text(value: Any) -> str:

@@ -129,8 +129,22 @@ class OnlineConfig(Strict):
 
 
 class CheckpointConfig(Strict):
+    """The disk needs room for one checkpoint more than are kept: an old one goes once the new is verified."""
+
     every_steps: int = Field(default=1000, gt=0)
-    keep: int = Field(default=3, gt=0)
+    keep: int = Field(default=3, gt=0)  # the newest
+    keep_every_steps: int | None = Field(default=None, gt=0)  # and all those of a multiple of so many steps
+    async_save: bool = True  # from a copy, while training goes on; false: training waits, needs no copy
+    full_disk_saves: int = Field(default=3, gt=0)  # saves in a row that may fail so before the run ends
+
+    @model_validator(mode="after")
+    def _saved_at_all(self) -> "CheckpointConfig":
+        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                f"keep_every_steps={self.keep_every_steps} is no multiple of every_steps={self.every_steps}: "
+                "no checkpoint would be saved at some of these steps"
+            )
+        return self
 
 
 class TrainConfig(Strict):

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shards.errors import UserError
 
@@ -56,6 +57,26 @@ def from_rank_zero(
     if "failed" in message:
         raise RankZeroError(f"rank 0 failed ({message['failed']})")
     return message["answer"]
+
+
+def tensors_from_rank_zero(
+    tensors: Mapping[str, Tensor], *, rank: int, world: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors that rank 0 has, on the CPU of every rank, to the last bit; what others give is ignored."""
+    if world == 1:
+        return dict(tensors)
+
+    def describe() -> dict[str, Any]:
+        kinds = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
+        return {name: [kinds[name], list(value.shape)] for name, value in tensors.items()}
+
+    found: dict[str, Tensor] = {}
+    for name, (kind, shape) in from_rank_zero(describe, rank=rank, world=world, device=device).items():
+        value = tensors[name] if rank == 0 else torch.empty(shape, dtype=getattr(torch, kind))
+        plain = value.contiguous().reshape(-1).view(torch.uint8).to(device)
+        dist.broadcast(plain, src=0)
+        found[name] = plain.cpu().view(value.dtype).reshape(value.shape)
+    return found
 
 
 def mean_and_any(

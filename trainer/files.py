@@ -7,7 +7,7 @@ at the n-th one.
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,14 +18,28 @@ def before(operation: str, path: Path) -> None:
     """Called before each change of the disk; does nothing (the crash tests replace it)."""
 
 
+class DiskFullError(UserError):
+    """There is no room (or quota) left; what was there before is untouched."""
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Write a new file and fsync it."""
+    write_parts(path, [memoryview(data)])
+
+
+def write_parts(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
+    """Write a new file of several parts and fsync it; its size and sha256, made on the way."""
     before("write", path)
+    size, digest = 0, hashlib.sha256()
     with path.open("wb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += part.nbytes
         file.flush()
         before("fsync", path)
         os.fsync(file.fileno())
+    return size, digest.hexdigest()
 
 
 def sync_folder(path: Path) -> None:
@@ -64,14 +78,19 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def disk_full_is_clear(doing: str) -> Iterator[None]:
-    """Turn a full disk into one line that says what to do. Raises UserError."""
+    """Turn a full disk into one line that says what to do. Raises DiskFullError."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
+            raise DiskFullError(
                 f"disk full while {doing}: free some space and run the same command again; "
                 "the last complete checkpoint is kept"
             ) from None

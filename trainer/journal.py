@@ -4,12 +4,17 @@
 """
 
 import json
+import logging
 import math
+import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer import files
+
+log = logging.getLogger(__name__)
 
 
 def journal_path(run_dir: Path) -> Path:
@@ -35,6 +40,46 @@ def truncate(path: Path, step: int) -> None:
     with files.disk_full_is_clear("writing metrics"):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace_file(path, _lines(kept).encode())
+
+
+class Writer:
+    """Appends to one file for as long as an attempt lasts.
+
+    The file stays open: a newer attempt puts another in its place, and what an older one may still write is
+    then in none that has a name. What a full disk does not take is kept and written with a later row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._rest = b""
+        self._lock = threading.Lock()  # a save in the background sees to it that all rows are on the disk
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        with self._lock:
+            was_full = bool(self._rest)
+            self._rest += _lines(rows).encode()
+            try:
+                self._write()
+            except files.DiskFullError:
+                if not was_full:
+                    log.warning("WARNING: the disk is full: rows of %s wait in memory", self._path.name)
+
+    def sync(self) -> None:
+        """All rows are durable. Raises DiskFullError."""
+        with self._lock:
+            self._write()
+        with files.disk_full_is_clear("writing metrics"):
+            files.before("fsync", self._path)
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self) -> None:
+        with files.disk_full_is_clear("writing metrics"):
+            while self._rest:
+                files.before("append", self._path)
+                self._rest = self._rest[self._file.write(self._rest) or 0 :]
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from trainer.attempts import Attempt
 from trainer.build import build_model
 from trainer.compute import fixed_compute, prepare_network, scheduled_collection, upload
 from trainer.config import TrainConfig, check_device, check_world, few_samples_warning
-from trainer.distributed import from_rank_zero
+from trainer.distributed import from_rank_zero, tensors_from_rank_zero
 from trainer.export import encoder_info, save_encoder
 from trainer.export_heads import HEADS_FILE, save_heads
 from trainer.labels import LabelSet
@@ -33,6 +33,7 @@ from trainer.models.initial import load_initial
 from trainer.online import Online, load_labelled
 from trainer.optim import build_optimizer
 from trainer.precision import Precision, build_precision
+from trainer.saver import Saver
 from trainer.step import is_logged, train_step, unwrap
 from trainer.swav.diagnostics import PrototypeUse, queue_diagnostics
 from trainer.swav.queue import FeatureQueue, build_queue
@@ -143,12 +144,15 @@ def train(
             if online is not None and online.is_due(step):
                 metrics |= online.evaluate(unwrap(state.model).backbone)
             meter.add(step, metrics)
+            if meter.saver is not None:
+                meter.saver.check()
             step += 1
             saving = step % config.checkpoint.every_steps == 0 or step == config.max_steps
             if saving or meter.is_due(step):
                 stopping = meter.settle(should_stop is not None and should_stop())
             if saving or stopping:
-                save(run, state, step, attempt)
+                last = stopping or step == config.max_steps
+                save(run, state, step, meter.saver, last=last)
             collect(step)
         finished = step >= config.max_steps
         was_complete = start >= config.max_steps
@@ -191,15 +195,20 @@ def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
     Rank 0 decides.
     """
 
+    found: list[checkpoint.Checkpoint] = []
+
     def decide() -> dict[str, Any]:
-        step = _check_newest(run)  # a command that is refused must not stop the attempt that is at work
+        found[:] = newest(run)  # a command that is refused must not stop the attempt that is at work
         with files.disk_full_is_clear("starting the run"):
             attempt = attempts.begin(run.folder)
         checkpoint.sweep(run.folder)
-        if checkpoint.list_steps(run.folder)[-1:] != [step]:
-            step = _check_newest(run)  # again: now nobody else adds one
+        if checkpoint.list_steps(run.folder)[-1:] != [one.step for one in found]:
+            found[:] = newest(run)  # again: now nobody else adds one
+        step = found[0].step if found else 0
         if step < run.config.max_steps and (warning := few_samples_warning(run.config)):
             log.warning("%s", warning)
+        with files.disk_full_is_clear("starting the run"):
+            attempt.begin_from(step)
         journal.truncate(journal.journal_path(run.folder), step)
         if alarms.alarms_path(run.folder).is_file():
             journal.truncate(alarms.alarms_path(run.folder), step)
@@ -210,14 +219,21 @@ def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
     if step == 0:
         begin_with_weights(run, state)
     if step > 0:
-        found = checkpoint.load(run.folder, step)
-        restore_model(unwrap(state.model), found.part("model"))
-        checkpoint.restore_optimizer(state.optimizer, found.part("optimizer"))
-        if state.queue is not None:
-            state.queue.load_state_dict(found.part("queue"))
-        state.use.load_state_dict(found.part("use"), run.device)
-        state.precision.load_state(found.part("precision"))
+        # Rank 0's bytes, which it has verified: what another rank would find on a parallel file system may
+        # not be there yet, or no more.
+        read = found[0].tensors if found else {}
+        tensors = tensors_from_rank_zero(read, rank=run.rank, world=run.world, device=run.device)
+        restore(run, state, checkpoint.Checkpoint(step, tensors, {}))
     return step, Attempt(run.folder, int(answer["attempt"]))
+
+
+def restore(run: Run, state: TrainState, found: checkpoint.Checkpoint) -> None:
+    restore_model(unwrap(state.model), found.part("model"))
+    checkpoint.restore_optimizer(state.optimizer, found.part("optimizer"))
+    if state.queue is not None:
+        state.queue.load_state_dict(found.part("queue"))
+    state.use.load_state_dict(found.part("use"), run.device)
+    state.precision.load_state(found.part("precision"))
 
 
 def begin_with_weights(run: Run, state: TrainState) -> None:
@@ -230,13 +246,13 @@ def begin_with_weights(run: Run, state: TrainState) -> None:
             )
 
 
-def _check_newest(run: Run) -> int:
-    """Step of the newest checkpoint that verifies, or 0. Raises UserError for another run."""
+def newest(run: Run) -> list[checkpoint.Checkpoint]:
+    """The newest checkpoint that verifies, or nothing. Raises UserError for another run."""
     found = checkpoint.newest(run.folder)
     if found is None:
-        return 0
+        return []
     checkpoint.check_same_run(found.state, run.config, run.dataset_fingerprint, run.bands_digest, run.labels)
-    return found.step
+    return [found]
 
 
 @torch.no_grad()
@@ -248,15 +264,19 @@ def restore_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
         value.copy_(saved[name])
 
 
-def save(run: Run, state: TrainState, step: int, attempt: Attempt) -> None:
-    """Rank 0 writes checkpoint `step`. Raises NotFiniteError, on every rank, before a bad weight is saved."""
+def save(run: Run, state: TrainState, step: int, saver: Saver | None, *, last: bool) -> None:
+    """Rank 0, which has the saver, saves checkpoint `step`; `last`: and waits until it is there.
+
+    Raises NotFiniteError, on every rank, before a bad weight is saved.
+    """
     model = unwrap(state.model)
     good = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
     if not bool(good):
+        if saver is not None:
+            saver.wait()  # the message names the last good checkpoint
         raise not_finite("a weight", step - 1, run.folder)
-    if run.rank != 0:
+    if saver is None:
         return
-    attempt.check()
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     optimizer = checkpoint.optimizer_tensors(state.optimizer)
     tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
@@ -272,7 +292,7 @@ def save(run: Run, state: TrainState, step: int, attempt: Attempt) -> None:
         "world": run.world,
         "torch": torch.__version__,
     }
-    checkpoint.save(run.folder, step, tensors, about, keep=run.config.checkpoint.keep)
+    saver.save(step, tensors, about, last=last)
 
 
 def export(run: Run, state: TrainState, step: int, attempt: Attempt, *, again: bool) -> Path:

@@ -15,6 +15,7 @@ from trainer import alarms, checkpoint, journal, trackers
 from trainer.attempts import Attempt
 from trainer.config import TrainConfig
 from trainer.distributed import mean_and_any
+from trainer.saver import Saver
 from trainer.step import is_logged
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ class Meter:
         # Rank 0 alone writes anything.
         self._watch = alarms.watch_of(self._run_dir, config) if rank == 0 else alarms.Watch(config)
         works = rank == 0 and start < config.max_steps
+        self._journal = journal.Writer(journal.journal_path(self._run_dir)) if works else None
+        # Of rank 0: saves checkpoints, each when the rows that lead up to it are on the disk.
+        self.saver = Saver(attempt, config.checkpoint, self._sync) if works else None
         self._trackers = trackers.open_trackers(config, self._run_dir, start) if works else []
         self._wait_seconds, self._since, self._steps = 0.0, time.perf_counter(), 0
 
@@ -80,6 +84,8 @@ class Meter:
         for step, metrics, loss, bad_gradient in zip(steps, numbers, losses, bad, strict=True):
             if not math.isfinite(loss) or bad_gradient > 0:
                 self._write(rows)
+                if self.saver is not None:
+                    self.saver.wait()  # the message names the last good checkpoint
                 what = "a gradient" if math.isfinite(loss) else "the loss"
                 raise not_finite(what, step, self._run_dir)
             rows.append({"step": step, **metrics, "loss": loss})
@@ -91,9 +97,9 @@ class Meter:
         return stopping
 
     def _write(self, rows: list[dict[str, float]]) -> None:
-        if self._rank == 0:
+        if self._journal is not None:
             self._attempt.check()
-            journal.append(journal.journal_path(self._run_dir), rows)
+            self._journal.append(rows)
             events = [event for row in rows for event in self._watch.add(row)]
             for event in events:
                 log.warning("%s", event.text())
@@ -108,13 +114,23 @@ class Meter:
             "wait_seconds": self._wait_seconds / steps,
             "samples": float(self._steps * self._config.data.batch_size),
         }
+        if self.saver is not None:
+            timing |= self.saver.figures()
         self._since, self._wait_seconds, self._steps = now, 0.0, 0
         if self._on_metrics is not None:
             self._on_metrics({**row, **timing})
         for tracker in self._trackers:
             tracker.log(int(row["step"]), {**row, **timing})
 
+    def _sync(self) -> None:
+        if self._journal is not None:
+            self._journal.sync()
+
     def close(self) -> None:
+        if self.saver is not None:
+            self.saver.close()
+        if self._journal is not None:
+            self._journal.close()
         for tracker in self._trackers:
             tracker.close()
 
