@@ -178,7 +178,7 @@ def test_rows_that_a_full_disk_did_not_take_are_written_later_and_before_the_che
 def small_disk(tmp_path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(place)]
     mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
     if not mounted:
         pytest.skip("only root may mount a small tmpfs, where the kernel allows it")
