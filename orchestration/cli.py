@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration import cli_capacity, cli_ingest, cli_model, cli_presets
+from orchestration import cli_capacity, cli_checkpoints, cli_ingest, cli_model, cli_presets
 from orchestration.cluster import JobFailedError
 from shards.errors import UserError
 from shards.objects import location
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_ingest.app, name="ingest")
 app.add_typer(cli_presets.app, name="presets")
+app.add_typer(cli_checkpoints.app, name="checkpoints")
 
 
 @app.command()

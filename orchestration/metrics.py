@@ -109,7 +109,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("medswav_train_learning_rate", "gauge", "learning rate of the step"),
     Metric("medswav_train_data_wait_ratio", "gauge", "share of the step time spent waiting for data"),
     Metric("medswav_train_gpu_memory_bytes", "gauge", "peak memory that torch allocated on the GPU, rank 0"),
-    Metric("medswav_train_checkpoint_seconds", "histogram", "seconds that a checkpoint added to its step"),
+    Metric("medswav_train_checkpoint_seconds", "histogram", "seconds until a checkpoint was verified"),
+    Metric("medswav_train_checkpoint_blocked_seconds", "histogram", "seconds that training waited for one"),
+    Metric("medswav_train_checkpoint_failures", "gauge", "saves in a row that found the disk full"),
     Metric("medswav_train_checkpoint_timestamp_seconds", "gauge", "Unix time of the newest checkpoint"),
     Metric("medswav_train_restarts_total", "counter", "restarts of the ranks after a failure"),
 )
@@ -202,8 +204,11 @@ def observe_step(metrics: Metrics, step: Mapping[str, float]) -> None:
         metrics.set("medswav_train_gpu_memory_bytes", step["gpu_memory_bytes"])
     if "online_seconds" in step:
         metrics.observe("medswav_train_online_seconds", step["online_seconds"])
-    if "checkpoint_seconds" in step:
-        metrics.observe("medswav_train_checkpoint_seconds", step["checkpoint_seconds"])
+    for name in ("checkpoint_seconds", "checkpoint_blocked_seconds"):
+        if name in step:
+            metrics.observe(f"medswav_train_{name}", step[name])
+    if "checkpoint_failures" in step:
+        metrics.set("medswav_train_checkpoint_failures", step["checkpoint_failures"])
     for key, value in step.items():
         kind, _, name = key.partition("/")
         if kind == "loader" and name in ("read", "decode", "augment"):

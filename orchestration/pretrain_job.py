@@ -343,6 +343,8 @@ class _Job:
             for event in self._watch.add(step):
                 self._say(f"pretrain: {event.text()}")
             observe_alarms(self._metrics, self._watch)
+            if step.get("checkpoint_failures", 0) > self._last.get("checkpoint_failures", 0):
+                self._say("pretrain: WARNING: a checkpoint was NOT saved, the disk is full: free some space")
             self._last = step
         if state.steps:
             progress.update(int(self._last["step"]) + 1, _note(self._last))

@@ -4,7 +4,6 @@ import asyncio
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ class Control:
     def __init__(self) -> None:
         self._stop = asyncio.Event()
         self._state = ControlState()
+        self._group = ""  # the newest ranks, which the driver's failures and restarts have left
 
     async def wait_stop(self) -> bool:
         """Returns when a stop is asked for; every rank keeps one call open: asking costs no step time."""
@@ -56,6 +56,12 @@ class Control:
             self._state.starts.append(value)
         elif kind == "note":
             self._state.notes.append(value)
+        elif kind == "group":
+            self._group = value
+        elif kind == "replaced":
+            group, text = value
+            if group == self._group:  # by another command; ranks of before, by those that took their place
+                self._state.user_error = text
         elif kind == "failure":
             self._state.failures += 1
             self._state.error = self._state.error or value
@@ -86,15 +92,26 @@ class RankSettings:
 def run_rank(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on every rank, the process group being there already."""
     import ray
+    import ray.train
 
+    from trainer.attempts import ReplacedError
+    from trainer.distributed import ReportedError
     from trainer.meter import NotFiniteError
 
     given: RankSettings = settings["rank"]
+    group = os.urandom(8).hex()
     try:
+        if ray.train.get_context().get_world_rank() == 0:
+            ray.get(given.control.tell.remote("group", group))
         _train(given)
+    except ReplacedError as error:
+        ray.get(given.control.tell.remote("replaced", (group, str(error))))
+        time.sleep(60)
+        raise
     except (UserError, NotFiniteError) as error:
         kind = "user_error" if isinstance(error, UserError) else "fatal"
-        ray.get(given.control.tell.remote(kind, str(error)))
+        if not isinstance(error, ReportedError):  # rank 0 tells it
+            ray.get(given.control.tell.remote(kind, str(error)))
         time.sleep(60)  # a raise would have Ray Train start the ranks over before the driver ends the job
         raise
     except Exception as error:
@@ -126,7 +143,7 @@ def _train(given: RankSettings) -> None:
     feed = Feed(make_batches, arguments, feeders, config.max_steps, allocate=host_arrays(device))
     control = given.control if rank == 0 else None
     with Ahead(feed, config.max_steps, _pace(given, feeders, control, step_clock(device))) as ahead:
-        source = _Source(feed, ahead, control, config.checkpoint.every_steps, device.type == "cuda")
+        source = _Source(feed, ahead, control, device.type == "cuda")
         result = train(
             config,
             source,
@@ -180,45 +197,27 @@ def _watch_stop(control: Any) -> threading.Event:
 class _Source:
     """next_batch of a rank; rank 0 also sends what the driver shows and serves, without waiting."""
 
-    def __init__(self, feed: Feed, ahead: Ahead, control: Any | None, save_every: int, on_gpu: bool) -> None:
+    def __init__(self, feed: Feed, ahead: Ahead, control: Any | None, on_gpu: bool) -> None:
         self._feed, self._ahead, self._control, self._on_gpu = feed, ahead, control, on_gpu
         self._loader: dict[str, float] = {}
-        self._save_every = save_every
-        self._returned: float | None = None
-        self._online = 0.0  # seconds of the last step that went into evaluation
-        self._steps: deque[float] = deque(maxlen=20)  # seconds of steps without a checkpoint
+        self._began = False
 
     def __call__(self, step: int) -> "Batch":
-        if self._control is not None:
-            self._note_time(step)
+        if self._control is not None and not self._began:
+            self._began = True
+            self._control.tell.remote("start", step)
         batch = self._ahead(step)
         if self._control is not None:
             self._loader |= {f"loader/{name}": seconds for name, seconds in batch.seconds.items()}
             self._loader["loader/depth"] = float(self._feed.depth)
             self._loader["loader/feeders"] = float(self._feed.count)
-        self._returned = time.perf_counter()
         return batch
-
-    def _note_time(self, step: int) -> None:
-        """A checkpoint's seconds are those that its step took beyond the mean of the steps around."""
-        if self._returned is None:
-            assert self._control is not None
-            self._control.tell.remote("start", step)
-            return
-        seconds = time.perf_counter() - self._returned - self._online
-        self._online = 0.0
-        if step % self._save_every:
-            self._steps.append(seconds)
-        elif self._steps:
-            usual = sum(self._steps) / len(self._steps)
-            self._loader["checkpoint_seconds"] = max(0.0, seconds - usual)
 
     def report(self, metrics: dict[str, float]) -> None:
         if self._control is None:
             return
         values = {name: float(value) for name, value in metrics.items()} | self._loader
         self._loader = {}
-        self._online = values.get("online_seconds", 0.0)
         if self._on_gpu:
             import torch
 

@@ -104,7 +104,7 @@ def explain(config: TrainConfig, world: int, preset: str) -> dict[str, Any]:
             "batch_of_a_rank": batch_bytes(config) // world,
             "gradients": 4 * sum(model.parameters.values()),
             "checkpoint": model.checkpoint_bytes + queue.get("bytes_of_every_rank", 0),
-            "checkpoints_kept": config.checkpoint.keep
+            "checkpoints_kept": _most_checkpoints(config)
             * (model.checkpoint_bytes + queue.get("bytes_of_every_rank", 0)),
         },
         "open_points": open_points(config),
@@ -376,3 +376,9 @@ def _at(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree[part]
     return tree
+
+
+def _most_checkpoints(config: TrainConfig) -> int:
+    """At the end of a run; one more while the last is written."""
+    every = config.checkpoint.keep_every_steps
+    return config.checkpoint.keep + (config.max_steps // every if every else 0)
