@@ -168,9 +168,8 @@ def test_twenty_kills_of_ranks_actors_driver_and_nodes_change_no_loss(data, clus
     assert len(starts) > 3 * EACH, "a kill of a rank, a driver or a node begins an attempt"
     before, after = losses(undisturbed), losses(run_dir)
     same = sum(a == b for a, b in zip(before, after, strict=True))
-    print(
-        f"{same} of {STEPS} losses are equal (==); {time.monotonic() - began:.0f} s with {len(starts)} attempts"
-    )
+    seconds = time.monotonic() - began
+    print(f"{same} of {STEPS} losses are equal (==); {seconds:.0f} s, {len(starts)} attempts")
     assert after == before
     assert (run_dir / "encoder.safetensors").read_bytes() == (
         undisturbed / "encoder.safetensors"
