@@ -115,7 +115,8 @@ def command(data: Path, run_dir: Path, *more: str) -> list[str]:
         "log_every_steps=5",
     ]
     flags = [part for setting in settings for part in ("--set", setting)]
-    given = ["pretrain", "--dataset", str(data), "--run-dir", str(run_dir), "--max-failures", "10"]
+    given = ["pretrain", "--dataset", str(data), "--run-dir", str(run_dir)]
+    given += ["--feeders", "1", "--max-failures", "10"]
     return [str(jobs.BIN / "medswav"), *given, *flags, *more]
 
 
