@@ -67,6 +67,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("medswav_loader_samples_total", "counter", "images that the ranks received", ("modality",)),
     Metric("medswav_loader_wait_seconds", "histogram", "seconds that a rank waited for one batch"),
     Metric("medswav_loader_stage_seconds", "histogram", "seconds of one batch in a stage", ("stage",)),
+    Metric("medswav_loader_batch_requests", "gauge", "reads that the last logged batch asked of the store"),
+    Metric("medswav_loader_batch_store_bytes", "gauge", "bytes that it read of the store"),
+    Metric(
+        "medswav_loader_batch_cached_samples",
+        "gauge",
+        "samples that it found in the node cache, and not (outcome)",
+        ("outcome",),
+    ),
     Metric("medswav_loader_queue_depth", "gauge", "batches ready or in the making ahead of a rank"),
     Metric("medswav_loader_feeders", "gauge", "actors or processes that make the batches of rank 0"),
     # training
@@ -213,6 +221,11 @@ def observe_step(metrics: Metrics, step: Mapping[str, float]) -> None:
         kind, _, name = key.partition("/")
         if kind == "loader" and name in ("read", "decode", "augment"):
             metrics.observe("medswav_loader_stage_seconds", value, stage=name)
+        elif kind == "loader" and name in ("requests", "store_bytes"):
+            metrics.set(f"medswav_loader_batch_{name}", value)
+        elif kind == "loader" and name in ("cache_hits", "cache_misses"):
+            outcome = "hit" if name == "cache_hits" else "miss"
+            metrics.set("medswav_loader_batch_cached_samples", value, outcome=outcome)
         elif kind == "loader" and name == "depth":
             metrics.set("medswav_loader_queue_depth", value)
         elif kind == "loader" and name == "feeders":

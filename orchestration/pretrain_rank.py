@@ -209,6 +209,7 @@ class _Source:
         batch = self._ahead(step)
         if self._control is not None:
             self._loader |= {f"loader/{name}": seconds for name, seconds in batch.seconds.items()}
+            self._loader |= {f"loader/{name}": float(number) for name, number in batch.reads.items()}
             self._loader["loader/depth"] = float(self._feed.depth)
             self._loader["loader/feeders"] = float(self._feed.count)
         return batch

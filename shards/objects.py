@@ -33,6 +33,7 @@ _PART_BYTES = 32 << 20  # of a multipart upload; files below twice that go by on
 _PARTS_AT_ONCE = 4
 _ATTEMPTS = 7
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0  # seconds between attempts, doubled each time, with jitter
+_READ_SECONDS = 60.0  # for the whole answer to one read; a trickle would keep the socket's timeout away
 _BUFFER_BYTES = 1 << 20
 _PAGE = 1000  # names in one answer of a listing
 _WRITER = "writer"  # metadata of a created object: a random token, which tells our own success from another's
@@ -155,7 +156,7 @@ class ObjectStore(Store):
 
         def once(fs: Any) -> bytes:
             try:
-                return bytes(fs.cat_file(path, start=offset, end=end))
+                return bytes(fs.cat_file(path, start=offset, end=end, timeout=_READ_SECONDS))
             except FileNotFoundError:
                 raise
             except Exception as error:
@@ -277,6 +278,7 @@ class ObjectStore(Store):
         """function(file system), repeated after transient errors; what remains as a clear error."""
         fs = remote.filesystem(self._scheme)
         attempts = self._attempts if self._scheme == "s3" else 1  # gcsfs repeats by itself
+        began = time.monotonic()
         for attempt in range(attempts):
             try:
                 return function(fs)
@@ -285,7 +287,8 @@ class ObjectStore(Store):
             except Exception as error:
                 transient = remote.is_transient(error)
                 if not transient or attempt == attempts - 1:
-                    clear = self._clear(error, transient)
+                    tries = f"{attempt + 1} tries in {time.monotonic() - began:.0f} s"
+                    clear = self._clear(error, transient, f"{remote.answer(error)}, {tries}")
                     if clear is None:
                         raise
                     raise clear from error
@@ -293,8 +296,8 @@ class ObjectStore(Store):
             time.sleep(pause * random.uniform(0.5, 1.0))  # jitter: many workers are slowed down at once
         raise AssertionError("not reached")
 
-    def _clear(self, error: Exception, transient: bool) -> Exception | None:
-        """The error to raise instead; None: the error itself."""
+    def _clear(self, error: Exception, transient: bool, answer: str) -> Exception | None:
+        """The error to raise instead; None: the error itself. answer: the last one, and how often asked."""
         if remote.code(error) == "NoSuchBucket":
             return UserError(f"{self.root}: there is no such bucket: create it, or correct the URL")
         if isinstance(error, FileNotFoundError):
@@ -310,8 +313,8 @@ class ObjectStore(Store):
             return UserError(f"{self.root}: the store did not keep what was sent: check it, then run again")
         if transient:
             return UserError(
-                f"{self.root}: the store does not answer or is overloaded: check the endpoint and the "
-                "network, then run again; nothing half-written is left"
+                f"{self.root}: the store does not answer or is overloaded ({answer}): check the endpoint and "
+                "the network, then run again; nothing half-written is left"
             )
         return None
 

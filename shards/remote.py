@@ -98,6 +98,13 @@ def code(error: BaseException) -> str:
     return ""
 
 
+def answer(error: BaseException) -> str:
+    """What a store answered, in a few words of its own closed vocabulary: never a key or a path."""
+    if status(error) is not None:
+        return f"it answered {status(error)} {code(error)}".rstrip()
+    return f"no answer: {type(error).__name__}"
+
+
 def is_transient(error: Exception) -> bool:
     if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
         return False

@@ -4,10 +4,12 @@ POSIX ustar (IEEE Std 1003.1, pax): a 512-byte header and padded data a member, 
 Times, owners and modes are constant, so that equal samples give equal bytes.
 """
 
+import errno
 import os
 import re
 import tarfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,9 +17,12 @@ from types import TracebackType
 from typing import BinaryIO
 
 from shards import store
+from shards.errors import UserError
 from shards.objects import is_url, open_store
 
 BLOCK = 512
+_ATTEMPTS, _FIRST_WAIT = 4, 0.25  # of reads of a file; seconds before the second, doubled each time
+_PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET})
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _ZERO = bytes(BLOCK)
 
@@ -178,15 +183,38 @@ class ShardReader:
         self._lock = threading.Lock()
 
     def read(self, modality: str, shard: str, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset` of a shard. Raises FileNotFoundError, or ValueError if it is too short."""
+        """`size` bytes at `offset` of a shard.
+
+        Raises FileNotFoundError, ValueError if it is too short, UserError for a disk or a store that fails
+        again and again.
+        """
         if self._objects is None:
-            handle = self._handle(modality, shard)  # held by name until the read is done, or it may close
-            data = os.pread(handle.fd, size, offset)
+            data = self._pread(modality, shard, offset, size)
         else:
             data = self._objects.read(f"shards/{modality}/{shard}", offset, size)
         if len(data) != size:
             raise ValueError(f"shard {shard} is shorter than its catalogue says: run ingest verify")
         return data
+
+    def _pread(self, modality: str, shard: str, offset: int, size: int) -> bytes:
+        """A few tries: a network file system may fail for a moment, or have dropped the open file."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                handle = self._handle(modality, shard)  # held by name until it is read, or it may close
+                return os.pread(handle.fd, size, offset)
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    raise
+                if attempt == _ATTEMPTS - 1:
+                    cause = os.strerror(error.errno or 0)
+                    raise UserError(
+                        f"{self._folder}: {cause}, {_ATTEMPTS} times: check the disk or the network mount, "
+                        "then run again"
+                    ) from error
+            with self._lock:
+                self._handles.pop((modality, shard), None)
+            time.sleep(_FIRST_WAIT * 2**attempt)
+        raise AssertionError("not reached")
 
     def _handle(self, modality: str, shard: str) -> _Handle:
         name = (modality, shard)

@@ -13,10 +13,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from shards import catalog, exclusions
+from shards import catalog, exclusions, reads
 from shards.codec import MAXIMUM_REDUCE, Codec, get_codec
 from shards.commit import committed_units
 from shards.dataset import read_info
@@ -24,7 +23,6 @@ from shards.errors import UserError
 from shards.ids import digest
 from shards.objects import open_store
 from shards.order import Blocks, lane_draws, lane_steps, sample_at
-from shards.schema import is_volumes
 from shards.tar import ShardReader
 from trainer.augment import crops, views
 from trainer.augment.bands import BandStatistics, Pyramid, fit_statistics
@@ -32,13 +30,15 @@ from trainer.augment.intensity import to_unit
 from trainer.augment.views import Prepared
 from trainer.config import DataConfig, IntensityConfig, Range, TrainConfig, ViewConfig, check_world
 from trainer.labels import LabelSet, SampleLabels, label_sets, sample_labels
+from trainer.reading import BatchReads, Key, ReadAhead, open_reader, place_of
+from trainer.rows import NEEDED_COLUMNS as NEEDED_COLUMNS
+from trainer.rows import Modality as Modality
+from trainer.rows import Plan, in_order
+from trainer.rows import open_modality as open_modality
+from trainer.rows import rows_of as rows_of
 from trainer.sampling import rank_parts, sampling_weights
 
 REFERENCE_IMAGES = 1000  # R of the paper: images that the band statistics are fitted to
-
-_LOCATION = ("key", "shard", "offset", "size", "codec", "rows", "columns")
-_INTENSITY = ("window_center", "window_width", "window_function", "p005", "p995", "minimum", "maximum")
-NEEDED_COLUMNS = (*_LOCATION, *_INTENSITY)  # of the catalogue, to read an image
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Batch:
     crops: a uint8 array [count, n, size, size] for each group of crops; n = M * b images, modality-major:
     the first b belong to modalities[0]. keys, passes: [n]. seconds: spent in read, decode, augment. sizes:
     images of each modality, where data.sampling makes them unequal; None: n / M of each. labels: of each set
-    of supervision.labels, see trainer.labels.SampleLabels.of.
+    of supervision.labels, see trainer.labels.SampleLabels.of. reads: shards.reads.Counts of what was read.
     """
 
     step: int
@@ -59,6 +59,7 @@ class Batch:
     seconds: dict[str, float]
     sizes: tuple[int, ...] | None = None
     labels: dict[str, NDArray[Any]] = field(default_factory=dict)
+    reads: dict[str, int] = field(default_factory=dict)
 
 
 def plan_batch(
@@ -131,7 +132,8 @@ class BatchMaker:
 
     bands: {modality: BandStatistics}, needed unless views.energy_probability is 0. data.cache_bytes of
     decoded images with their bands are kept: the first ones that come, none is ever evicted, because under
-    a fresh permutation each pass that hits more often than dropping the least recently used.
+    a fresh permutation each pass that hits more often than dropping the least recently used. The reads of a
+    batch are joined where they are near each other and made ahead of decoding (trainer.reading).
     fingerprint, labels: of the dataset and the label tables that the run began with (labels: None reads them
     now). A worker that starts later must not make other batches from what was added since.
     Raises UserError: a world size that cannot be served, no samples of a modality, missing statistics,
@@ -152,7 +154,7 @@ class BatchMaker:
         self._bands = _checked_bands(config, bands)
         self._label_sets, self._labels = labels, dict[str, dict[str, SampleLabels]]()
         self._opened: dict[str, Modality] | None = None
-        self._reader: ShardReader | None = None
+        self._ahead: ReadAhead | None = None
         self._cache: dict[tuple[str, int], Prepared] = {}
         self._cached_bytes = 0
 
@@ -163,7 +165,9 @@ class BatchMaker:
 
     def __call__(self, step: int) -> Batch:
         modalities, config = self._modalities(), self._config
-        plan = plan_batch(step, self.counts, config.data, config.seed, self._rank, self._world)
+        assert self._ahead is not None
+        of_batch = self._ahead.batch(step)
+        plan = of_batch.plan
         seconds = {"read": 0.0, "decode": 0.0, "augment": 0.0}
         n = sum(len(index) for index, _ in plan.values())
         stacks = tuple(np.empty((c.count, n, c.size, c.size), np.uint8) for c in config.views.crops)
@@ -172,7 +176,7 @@ class BatchMaker:
         for name in config.data.modalities:
             modality, bands, size_range = modalities[name], self._bands.get(name), _size_range(config, name)
             for index, number in zip(plan[name][0].tolist(), plan[name][1].tolist(), strict=True):
-                prepared = self._prepared(modality, index, seconds)
+                prepared = self._prepared(modality, index, of_batch, seconds)
                 began = time.perf_counter()
                 key = modality.key(index)
                 random_key = (config.seed, _number(key), number)
@@ -188,9 +192,18 @@ class BatchMaker:
             name: np.concatenate([by_modality[m].of(plan[m][0]) for m in config.data.modalities])
             for name, by_modality in self._labels.items()
         }
-        return Batch(step, stacks, config.data.modalities, tuple(keys), tuple(passes), seconds, sizes, labels)
+        cost = of_batch.finish()
+        names = config.data.modalities
+        return Batch(step, stacks, names, tuple(keys), tuple(passes), seconds, sizes, labels, cost)
 
-    def _modalities(self) -> dict[str, "Modality"]:
+    def _needs(self, step: int) -> tuple[Plan, list[tuple[Key, reads.Place]]]:
+        """The plan of a step, and where what it needs lies that is not in the cache of decoded images."""
+        modalities, data = self._modalities(), self._config.data
+        plan = plan_batch(step, self.counts, data, self._config.seed, self._rank, self._world)
+        keys = [(name, index) for name, (indices, _) in plan.items() for index in indices.tolist()]
+        return plan, [(k, place_of(modalities[k[0]], k[1], data)) for k in keys if k not in self._cache]
+
+    def _modalities(self) -> dict[str, Modality]:
         if self._opened is None:
             cv2.setNumThreads(1)  # a batch is made by one thread; the cores belong to other workers
             data = self._config.data
@@ -202,75 +215,23 @@ class BatchMaker:
             keys = {name: modality.keys for name, modality in opened.items()}
             self._labels = sample_labels(self._config, keys, sets)
             self._opened = opened
-            self._reader = ShardReader(data.dataset)
+            self._ahead = ReadAhead(open_reader(data), self._needs)
         return self._opened
 
-    def _prepared(self, modality: "Modality", index: int, seconds: dict[str, float]) -> Prepared:
+    def _prepared(
+        self, modality: Modality, index: int, of_batch: BatchReads, seconds: dict[str, float]
+    ) -> Prepared:
         cached = self._cache.get((modality.name, index))
         if cached is not None:
             return cached
-        assert self._reader is not None
-        prepared = _prepare(self._config, modality, index, self._reader, seconds)
+        began = time.perf_counter()
+        data = of_batch.take((modality.name, index))
+        seconds["read"] += time.perf_counter() - began
+        prepared = _prepare(self._config, modality, index, data, seconds)
         if self._cached_bytes + prepared.nbytes <= self._config.data.cache_bytes:
             self._cache[modality.name, index] = prepared
             self._cached_bytes += prepared.nbytes
         return prepared
-
-
-@dataclass(frozen=True)
-class Modality:
-    """The catalogue rows of one modality that are to be read; the index is the row number."""
-
-    name: str
-    table: pa.Table
-    _columns: dict[str, pa.Array] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    @property
-    def keys(self) -> pa.Array:
-        return self._column("key")
-
-    def key(self, index: int) -> str:
-        return str(self._column("key")[index].as_py())
-
-    def row(self, index: int) -> dict[str, Any]:
-        """Location and intensity columns of one sample."""
-        return {name: self._column(name)[index].as_py() for name in NEEDED_COLUMNS}
-
-    def _column(self, name: str) -> pa.Array:
-        if name not in self._columns:
-            self._columns[name] = self.table[name].combine_chunks()
-        return self._columns[name]
-
-
-def open_modality(data: DataConfig, name: str) -> Modality:
-    """The rows of a modality in the configured split, sorted by key. Raises UserError when there is none."""
-    if is_volumes(name):
-        raise UserError(
-            f"{name} holds volumes, training takes 2D images: set data.modalities to their slices"
-        )
-    split = None if data.split == "all" else data.split
-    modality = Modality(name, catalog.load(data.dataset, name, list(NEEDED_COLUMNS), split))
-    if not len(modality):
-        there = ", ".join(m for m, n in catalog.counts(data.dataset).items() if sum(n.values())) or "none"
-        raise UserError(
-            f"the dataset has no {name} images in split {data.split} (modalities there: {there}): "
-            f"set data.modalities or data.split to what it holds"
-        )
-    return modality
-
-
-def in_order(modality: Modality, data: DataConfig) -> Modality:
-    """The rows as the order of samples numbers them: as they lie in the shards, or by key.
-
-    The names of shards are digests of their content: the numbering is the same wherever a dataset lies.
-    """
-    if data.order.layout == "keys":
-        return modality
-    places = [("shard", "ascending"), ("offset", "ascending")]
-    return Modality(modality.name, modality.table.sort_by(places).combine_chunks())
 
 
 def dataset_fingerprint(root: str) -> str:
@@ -312,12 +273,6 @@ def fit_bands(
         pyramids = told(_pyramids(config, modality, chosen, reader))
         statistics[modality.name] = fit_statistics(pyramids, config.views.sigmas)
     return statistics
-
-
-def rows_of(root: str, modality: str, split: str, keys: pa.Array) -> Modality:
-    """The rows of a split that have one of these keys, sorted by key; no other split is looked at."""
-    table = catalog.load(root, modality, [*_LOCATION, *_INTENSITY], split)
-    return Modality(modality, table.filter(pc.is_in(table["key"], keys)))
 
 
 def eval_images(
@@ -367,45 +322,44 @@ def _pyramids(
 ) -> Iterator[Pyramid]:
     seconds = {"read": 0.0, "decode": 0.0, "augment": 0.0}
     for index in indices:
-        yield _prepare(config, modality, index, reader, seconds, with_bands=True).pyramid
+        data = _read(reader, modality.name, modality.row(index))
+        yield _prepare(config, modality, index, data, seconds, with_bands=True).pyramid
 
 
 def _prepare(
     config: TrainConfig,
     modality: Modality,
     index: int,
-    reader: ShardReader,
+    data: bytes,
     seconds: dict[str, float],
     with_bands: bool | None = None,
 ) -> Prepared:
-    """One sample read, decoded no further than its views need, and split into bands."""
+    """One sample decoded no further than its views need, and split into bands."""
     row = modality.row(index)
     size_range = _size_range(config, modality.name)
     began = time.perf_counter()
-    data = _read(reader, modality.name, row)
-    read = time.perf_counter()
     pixels = _decode(data, row, choose_reduce((row["rows"], row["columns"]), config.views, size_range))
     decoded = time.perf_counter()
     intensity = config.data.intensity.get(modality.name, IntensityConfig())
     if with_bands is None:
         with_bands = config.views.energy_probability > 0
     prepared = views.prepare(to_unit(pixels, row, intensity), config.views, with_bands, size_range)
-    seconds["read"] += read - began
-    seconds["decode"] += decoded - read
+    seconds["decode"] += decoded - began
     seconds["augment"] += time.perf_counter() - decoded
     return prepared
 
 
 def _read(reader: ShardReader, modality: str, row: Mapping[str, Any]) -> bytes:
-    try:
-        return reader.read(modality, row["shard"], row["offset"], row["size"])
-    except FileNotFoundError:
-        raise UserError(f"shard {row['shard']} is missing: run ingest verify on the dataset") from None
+    place = reads.Place(modality, row["shard"], row["offset"], row["size"], row.get("crc32"))
+    return reads.read_one(reader, place)
 
 
 def _decode(data: bytes, row: Mapping[str, Any], reduce: int) -> NDArray:
     codec: Codec = get_codec(row["codec"])
-    return codec.decode(data, reduce)
+    try:
+        return codec.decode(data, reduce)
+    except ValueError:  # of a sample without a CRC-32: the others are refused when they are read
+        raise reads.damaged_shard(row["shard"], row["offset"]) from None
 
 
 def _size_range(config: TrainConfig, modality: str) -> Range:

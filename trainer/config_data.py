@@ -61,6 +61,10 @@ class DataConfig(Strict):
     order: OrderConfig = OrderConfig()
     virtual_ranks: int | None = Field(default=None, gt=0)
     cache_bytes: int = Field(default=256 << 20, ge=0)  # decoded images and their bands, per worker process
+    read_threads: int = Field(default=4, ge=0)  # reads at a time of a worker process, ahead of decoding
+    read_ahead_bytes: int = Field(default=64 << 20, ge=0)  # encoded images read and not yet decoded
+    node_cache: str | None = None  # a folder on a disk of the node: blocks of shards, shared by its processes
+    node_cache_bytes: int = Field(default=64 << 30, ge=1 << 30)  # the files in that folder
 
     @property
     def per_modality(self) -> int:

@@ -51,7 +51,8 @@ def first(number: int, action: str, matching: Callable[[str, str], bool] = lambd
 @dataclass
 class Proxy:
     """rule(method, path) -> a status to answer without forwarding ("503"); "drop": hang up before, "lose":
-    after the server has done it; "damage": change a byte of the body; None: pass on.
+    after the server has done it, "hold": when let_go is set; "damage": change a byte of the body; None: pass
+    on.
 
     Writes pass one at a time: moto looks for an object and writes it in two steps, S3 in one.
     """
@@ -65,6 +66,7 @@ class Proxy:
 
     def __post_init__(self) -> None:
         self._writes = threading.Lock()
+        self.let_go = threading.Event()
 
     def forward(self, method: str, path: str, headers: dict[str, str], body: bytes):
         connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
@@ -83,7 +85,9 @@ class Proxy:
         body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
         self.requests.append((method, path))
         action = self.rule(method, path)
-        if action == "drop":
+        if action == "hold":  # no answer until the test lets go
+            self.let_go.wait(20)
+        if action in ("drop", "hold"):
             handler.close_connection = True
             return
         if action is not None and action.isdigit():
