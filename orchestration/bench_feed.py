@@ -5,8 +5,10 @@ second come through (batches that cost nothing to make), how long a consumer of 
 makers have been counted automatically, and what lies in the object store when the consumer stops.
 """
 
+import multiprocessing
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -37,9 +39,9 @@ Next = Callable[[], Any]
 
 
 def ready_made(config: TrainConfig, rank: int, world: int, bands: Any, kind: str = "uint8") -> Any:
-    """A batch function that costs nothing: always the same crops."""
+    """A batch function that costs nothing: always the same crops (of another kind: as their bytes)."""
     n = config.data.batch_size // world
-    crops = tuple(np.zeros((c.count, n, c.size, c.size), kind) for c in config.views.crops)
+    crops = tuple(np.zeros((c.count, n, c.size, c.size), kind).view(np.uint8) for c in config.views.crops)
     return lambda step: Batch(step, crops, config.data.modalities, ("",) * n, (0,) * n, {})
 
 
@@ -135,30 +137,35 @@ def _memory(arguments: tuple[Any, ...]) -> Figure:
 
 
 def _waits(arguments: tuple[Any, ...], seconds: float) -> Iterator[Figure]:
-    for name, source in (("ray", _automatic_actors), ("processes", _automatic_processes)):
-        yield _wait(f"feed_wait_{name}", source, arguments, seconds / 2)
-
-
-def _wait(name: str, source: Any, arguments: tuple[Any, ...], seconds: float) -> Figure:
     """Percent of its time that a consumer of STEP_SECONDS waits for batches of SLOW_SECONDS."""
     with ExitStack() as stack:
-        feed, ahead, pace = source(stack, arguments)
-        steps = count()
-        end = time.monotonic() + 90
-        while not pace.done and time.monotonic() < end:
-            ahead(next(steps))
-            time.sleep(STEP_SECONDS)
-        makers = feed.count
-        loader = _of_torch(stack, slow, arguments, makers)
-        sides = {"auto": lambda: _share(lambda: ahead(next(steps))), "torch": lambda: _share(loader)}
-        shares, turns = take_turns(sides, seconds)
-    detail = (
-        f"auto found {makers} makers for batches of {1e3 * SLOW_SECONDS:.0f} ms (asleep, as in slow reads) "
-        f"and steps of {1e3 * STEP_SECONDS:.0f} ms; the limit is {100 * WAIT_SHARE:.0f} %; one maker alone: "
+        actors, ray_makers = _counted(stack, Feed(slow, arguments, Feeders(1, MOST), FOREVER))
+        workers = BatchWorkers(*arguments, workers=1, stop=FOREVER, factory=slow)
+        processes, makers = _counted(stack, workers)
+        sources = {"ray": actors, "processes": processes}
+        sources["torch"] = _of_torch(stack, slow, arguments, ray_makers)
+        shares, turns = take_turns({n: partial(_share, s) for n, s in sources.items()}, seconds)
+    about = (
+        f"batches of {1e3 * SLOW_SECONDS:.0f} ms (asleep, as in slow reads), steps of "
+        f"{1e3 * STEP_SECONDS:.0f} ms; limit {100 * WAIT_SHARE:.0f} %; one maker alone: "
         f"{100 * (1 - STEP_SECONDS / SLOW_SECONDS):.0f} % by arithmetic"
     )
-    versus = f"torch's DataLoader with {makers} workers"
-    return figure(name, max(shares["auto"], 0.01), "%", max(shares["torch"], 0.01), versus, turns, detail)
+    versus, base = f"torch's DataLoader with {ray_makers} workers", max(shares["torch"], 0.01)
+    for name, found in (("ray", ray_makers), ("processes", makers)):
+        value = max(shares[name], 0.01)
+        yield figure(
+            f"feed_wait_{name}", value, "%", base, versus, turns, f"auto found {found} makers; {about}"
+        )
+
+
+def _counted(stack: ExitStack, feed: Feed | BatchWorkers) -> tuple[Next, int]:
+    """The source, once as many makers are at work as auto finds for a consumer of STEP_SECONDS; how many."""
+    pace = Pace(MOST, lambda text: None)
+    ahead, steps = stack.enter_context(Ahead(feed, FOREVER, pace)), count()
+    while not pace.done:
+        ahead(next(steps))
+        time.sleep(STEP_SECONDS)
+    return (lambda: ahead(next(steps))), feed.count
 
 
 def _demo(arguments: tuple[Any, ...], seconds: float) -> Figure:
@@ -209,26 +216,17 @@ def _of_processes(stack: ExitStack, factory: Factory, args: tuple[Any, ...], mak
 def _of_torch(stack: ExitStack, factory: Factory, args: tuple[Any, ...], makers: int) -> Next:
     from torch.utils.data import DataLoader
 
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # torch is imported once, and Ray's threads not forked
+    context.set_forkserver_preload(["torch", "orchestration.bench_feed"])
     steps: Any = Steps(factory, args)
-    loader = DataLoader(steps, batch_size=None, num_workers=makers, multiprocessing_context="spawn")
-    iterator: Any = iter(loader)
+    with warnings.catch_warnings():  # of more workers than cores: here they sleep
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = DataLoader(steps, batch_size=None, num_workers=makers, multiprocessing_context=context)
+        iterator: Any = iter(loader)
     stack.callback(iterator._shutdown_workers)
     return lambda: next(iterator)
-
-
-def _automatic_actors(stack: ExitStack, args: tuple[Any, ...]) -> tuple[Feed, Ahead, Pace]:
-    feed, pace = Feed(slow, args, Feeders(1, MOST), FOREVER), Pace(MOST, _ignore)
-    return feed, stack.enter_context(Ahead(feed, FOREVER, pace)), pace
-
-
-def _automatic_processes(stack: ExitStack, args: tuple[Any, ...]) -> tuple[BatchWorkers, Ahead, Pace]:
-    feed = BatchWorkers(*args, workers=1, stop=FOREVER, factory=slow)
-    pace = Pace(MOST, _ignore)
-    return feed, stack.enter_context(Ahead(feed, FOREVER, pace)), pace
-
-
-def _ignore(text: str) -> None:
-    pass
 
 
 def store_bytes() -> int:
