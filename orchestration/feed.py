@@ -158,8 +158,10 @@ class Feed:
         self._fill()
         owed = self._pending.popleft()
         batch = self._read(owed)
-        ours = replace(batch, crops=tuple(copied(crop, self._allocate) for crop in batch.crops))
-        del batch, owed  # the copy is ours: free the object store before the next batch is asked for
+        crops = tuple(copied(crop, self._allocate) for crop in batch.crops)
+        labels = {name: values.copy() for name, values in batch.labels.items()}
+        ours = replace(batch, crops=crops, labels=labels)
+        del batch, owed  # nothing of it is held: free the object store before the next batch is asked for
         self._fill()
         return ours
 

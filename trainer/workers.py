@@ -138,7 +138,7 @@ class BatchWorkers:
 
     def _ask(self) -> None:
         """Keep every worker busy: the next step is asked of the one that owes the fewest."""
-        while self._unasked < self._stop:
+        while self._workers and self._unasked < self._stop:
             worker = min(self._workers, key=lambda one: one.owes)
             if worker.owes >= self._depth:
                 return

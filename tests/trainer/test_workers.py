@@ -64,16 +64,18 @@ def check_same(batch: Batch, expected: Batch) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_batches_come_in_order_from_any_first_step_without_torch_in_the_workers(n):
+@pytest.mark.parametrize("grown", [1, 3])
+def test_batches_come_in_order_from_any_first_step_without_torch_in_the_workers(grown):
     plain = FakeBatches(tiny())
-    with feed(NoTorch, n) as next_batch:
-        batches = [next_batch(step) for step in range(3, 12)]
+    with feed(NoTorch, 1) as next_batch:
+        batches = [next_batch(step) for step in range(3, 5)]
+        next_batch.grow(grown)
+        batches += [next_batch(step) for step in range(5, 12)]
         pids = next_batch.pids
     for step, batch in enumerate(batches, start=3):
         check_same(batch, plain(step))
-        assert batch.seconds["torch"] == 0
-    assert len(set(pids)) == n
+        assert batch.seconds["torch"] == 0 and batch.seconds["make"] > 0
+    assert len(set(pids)) == grown
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -139,3 +141,9 @@ def test_too_little_shared_memory_is_told_before_a_worker_dies_of_it(monkeypatch
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with feed(FakeBatches) as next_batch, pytest.raises(UserError, match="/dev/shm has no room"):
         next_batch(0)
+    said: list[str] = []
+    with BatchWorkers(
+        tiny(), 0, 1, None, workers=1, stop=12, factory=FakeBatches, say=said.append
+    ) as growing:
+        growing.grow(4)  # of its own accord a run does with less
+    assert said == ["0 processes make batches: /dev/shm has no room for more"]
