@@ -22,13 +22,20 @@ import pytest
 from tests.batches.make import dataset
 from tests.orchestration import jobs
 from tests.orchestration.conftest import free_ports
-from tests.orchestration.test_ray_nodes import FAST_HEALTH_CHECKS, alive, start
+from tests.orchestration.test_ray_nodes import start
 from trainer import attempts, checkpoint, journal
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(3000)]
 KINDS, EACH = ("rank", "actor", "driver", "node"), 5
 STEPS, AFTER, GAP, EVERY = 700, 50, 12, 5
 TITLES = {"rank": "ray::RayTrainWorker", "actor": "ray::Augmenter"}
+# A dead node is noticed after some five seconds, and one that is merely slow is not called dead.
+HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "4",
+}
 CPUS = 3  # of a node: one rank, with its augmentation actor, and no second
 
 
@@ -44,26 +51,34 @@ class Cluster:
             RAY_AUTH_TOKEN_PATH=str(token),
             TMPDIR=str(folder),
             RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="120",
-            **FAST_HEALTH_CHECKS,
+            **HEALTH_CHECKS,
         )
         self._folder, self._stack, self._started = folder, stack, 0
         port, client, dashboard = free_ports(3)
         self.address = f"127.0.0.1:{port}"
         head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
         head += ["--include-dashboard=false", f"--dashboard-port={dashboard}"]
-        stack.enter_context(jobs.child(start("head", 0, *head), folder / "head.log", self.env))
-        jobs.poll("head", lambda: alive(self.address, folder, self.env) >= 1)
+        assert self._begin(start("head", 0, *head), "head") is not None, (folder / "head.log").read_text()
         self.nodes: list[subprocess.Popen] = []
-        for number in (1, 2):
-            self.add()
-            jobs.poll("node", lambda more=number + 1: alive(self.address, folder, self.env) >= more)
+        self.add()
+        self.add()
+
+    def _begin(self, command: list[str], name: str) -> subprocess.Popen | None:
+        """The process once it says that it runs; None if it ends before (Ray gives itself 30 s)."""
+        log = self._folder / f"{name}.log"
+        child = self._stack.enter_context(jobs.child(command, log, self.env))
+        jobs.poll(name, lambda: child.poll() is not None or "block forever" in log.read_text())
+        return child if child.poll() is None else None
 
     def add(self) -> None:
-        self._started += 1
-        name = f"node-{self._started}"
-        command = start(name, CPUS, f"--address={self.address}")
-        log = self._folder / f"{name}.log"
-        self.nodes.append(self._stack.enter_context(jobs.child(command, log, self.env)))
+        for _ in range(5):  # one after the other: two that start at once choose the same ports
+            self._started += 1
+            name = f"node-{self._started}"
+            node = self._begin(start(name, CPUS, f"--address={self.address}"), name)
+            if node is not None:
+                self.nodes.append(node)
+                return
+        raise AssertionError("no node starts")
 
     def with_workers(self, title: str) -> list[tuple[subprocess.Popen, list]]:
         found = [(node, jobs.workers(node.pid, title)) for node in self.nodes]
