@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,31 +54,37 @@ class Cluster:
             **HEALTH_CHECKS,
         )
         self._folder, self._stack, self._started = folder, stack, 0
-        port, client, dashboard = free_ports(3)
-        self.address = f"127.0.0.1:{port}"
-        head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
-        head += ["--include-dashboard=false", f"--dashboard-port={dashboard}"]
-        assert self._begin(start("head", 0, *head), "head") is not None, (folder / "head.log").read_text()
+        self.address = ""
+        self._start(self._head)
         self.nodes: list[subprocess.Popen] = []
         self.add()
         self.add()
 
-    def _begin(self, command: list[str], name: str) -> subprocess.Popen | None:
-        """The process once it says that it runs; None if it ends before (Ray gives itself 30 s)."""
-        log = self._folder / f"{name}.log"
-        child = self._stack.enter_context(jobs.child(command, log, self.env))
-        jobs.poll(name, lambda: child.poll() is not None or "block forever" in log.read_text())
-        return child if child.poll() is None else None
+    def _head(self) -> list[str]:
+        port, client, dashboard = free_ports(3)
+        self.address = f"127.0.0.1:{port}"
+        more = ["--head", f"--port={port}", f"--ray-client-server-port={client}"]
+        more += [f"--temp-dir={self._folder}", "--include-dashboard=false", f"--dashboard-port={dashboard}"]
+        return start("head", 0, *more)
 
     def add(self) -> None:
-        for _ in range(5):  # one after the other: two that start at once choose the same ports
+        node = self._start(lambda: start(f"node-{self._started}", CPUS, f"--address={self.address}"))
+        self.nodes.append(node)
+
+    def _start(self, command: Callable[[], list[str]]) -> subprocess.Popen:
+        """A process of Ray, once it says that it runs; tried again if it ends before, because Ray gives up
+        after 30 s. One after the other: two that start at once choose the same ports."""
+        for _ in range(5):
             self._started += 1
-            name = f"node-{self._started}"
-            node = self._begin(start(name, CPUS, f"--address={self.address}"), name)
-            if node is not None:
-                self.nodes.append(node)
-                return
-        raise AssertionError("no node starts")
+            child = self._try(command(), self._folder / f"{self._started}.log")
+            if child is not None:
+                return child
+        raise AssertionError(f"no Ray starts: {self._folder / str(self._started)}.log")
+
+    def _try(self, command: list[str], log: Path) -> subprocess.Popen | None:
+        child = self._stack.enter_context(jobs.child(command, log, self.env))
+        jobs.poll(str(log), lambda: child.poll() is not None or "block forever" in log.read_text())
+        return child if child.poll() is None else None
 
     def with_workers(self, title: str) -> list[tuple[subprocess.Popen, list]]:
         found = [(node, jobs.workers(node.pid, title)) for node in self.nodes]
