@@ -27,7 +27,7 @@ from trainer import attempts, checkpoint, journal
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(3000)]
 KINDS, EACH = ("rank", "actor", "driver", "node"), 5
-STEPS, AFTER, GAP, EVERY = 700, 50, 12, 5
+STEPS, AFTER, GAP, EVERY = 420, 50, 12, 5
 TITLES = {"rank": "ray::RayTrainWorker", "actor": "ray::Augmenter"}
 # A dead node is noticed after some five seconds, and one that is merely slow is not called dead.
 HEALTH_CHECKS = {
@@ -36,6 +36,7 @@ HEALTH_CHECKS = {
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "4",
 }
+LEAN = "--include-log-monitor=false"
 CPUS = 3  # of a node: one rank, with its augmentation actor, and no second
 
 
@@ -65,16 +66,17 @@ class Cluster:
         self.address = f"127.0.0.1:{port}"
         more = ["--head", f"--port={port}", f"--ray-client-server-port={client}"]
         more += [f"--temp-dir={self._folder}", "--include-dashboard=false", f"--dashboard-port={dashboard}"]
+        more += ["--no-monitor", LEAN]
         return start("head", 0, *more)
 
     def add(self) -> None:
-        node = self._start(lambda: start(f"node-{self._started}", CPUS, f"--address={self.address}"))
+        node = self._start(lambda: start(f"node-{self._started}", CPUS, f"--address={self.address}", LEAN))
         self.nodes.append(node)
 
     def _start(self, command: Callable[[], list[str]]) -> subprocess.Popen:
         """A process of Ray, once it says that it runs; tried again if it ends before, because Ray gives up
         after 30 s. One after the other: two that start at once choose the same ports."""
-        for _ in range(5):
+        for _ in range(20):
             self._started += 1
             child = self._try(command(), self._folder / f"{self._started}.log")
             if child is not None:
