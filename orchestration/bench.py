@@ -23,7 +23,7 @@ from shards.errors import UserError
 BENCHES = ("ingest", "plan", "files", "list", "decoders", "augment", "read", "feed", "step")
 DEFAULT_SECONDS = 60.0
 MINIMUM_TURNS = 3
-_LOWER_IS_BETTER = ("ms", "s", "bytes", "%")
+_LOWER_IS_BETTER = ("ms", "s", "bytes", "%", "requests", "shards")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from trainer.rows import open_modality as open_modality
 from trainer.rows import rows_of as rows_of
 from trainer.sampling import rank_parts, sampling_weights
 
+_FIT_BATCH = 64  # images read together for the band statistics
 REFERENCE_IMAGES = 1000  # R of the paper: images that the band statistics are fitted to
 
 
@@ -253,7 +254,7 @@ def fit_bands(
     progress(done, total) is called after each image, and may raise to stop. Raises UserError.
     """
     cv2.setNumThreads(1)
-    reader = ShardReader(config.data.dataset)
+    reader = open_reader(config.data)
     opened = [open_modality(config.data, name) for name in config.data.modalities]
     done, total = 0, sum(min(limit, len(modality)) for modality in opened)
 
@@ -318,12 +319,15 @@ def whole_image(
 
 
 def _pyramids(
-    config: TrainConfig, modality: Modality, indices: list[int], reader: ShardReader
+    config: TrainConfig, modality: Modality, indices: list[int], reader: reads.BatchReader
 ) -> Iterator[Pyramid]:
     seconds = {"read": 0.0, "decode": 0.0, "augment": 0.0}
-    for index in indices:
-        data = _read(reader, modality.name, modality.row(index))
-        yield _prepare(config, modality, index, data, seconds, with_bands=True).pyramid
+    for first in range(0, len(indices), _FIT_BATCH):
+        batch = indices[first : first + _FIT_BATCH]
+        under_way = reader.start([reads.Place(modality.name, **modality.location(i)) for i in batch])
+        for number, index in enumerate(batch):
+            data = under_way.take(number)
+            yield _prepare(config, modality, index, data, seconds, with_bands=True).pyramid
 
 
 def _prepare(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from shards.reads import GAP_BYTES, LARGEST_BYTES, BatchReader, Place, Reads, coalesce, open_cache
 from trainer.config import DataConfig
@@ -22,8 +22,12 @@ def place_of(modality: Modality, index: int, data: DataConfig) -> Place:
     """Where a sample lies; with a node cache also the range that the cache keeps: its block of the order."""
     row = modality.location(index)
     place = Place(modality.name, row["shard"], row["offset"], row["size"], row["crc32"])
-    if data.node_cache is None or data.order.layout != "blocks":
+    if data.node_cache is None:
         return place
+    if (
+        data.order.layout != "blocks"
+    ):  # a range of the sample's own: what is joined differs from batch to batch
+        return replace(place, block=(place.offset, place.end))
     first = index - index % data.order.block_samples
     near = [
         Place(modality.name, row["shard"], row["offset"], row["size"])
@@ -31,9 +35,7 @@ def place_of(modality: Modality, index: int, data: DataConfig) -> Place:
     ]
     for span in coalesce(near, GAP_BYTES, LARGEST_BYTES):
         if index - first in span.members:
-            return Place(
-                place.modality, place.shard, place.offset, place.size, place.crc32, (span.start, span.end)
-            )
+            return replace(place, block=(span.start, span.end))
     raise AssertionError("a sample lies in a span of its block")
 
 

@@ -16,6 +16,7 @@ from orchestration import (
     bench_plan,
     bench_read,
     bench_step,
+    bench_store,
 )
 from orchestration.bench import Figure, figure, take_turns
 from shards import catalog
@@ -80,10 +81,26 @@ def test_the_made_up_dataset_is_a_dataset(tmp_path: Path) -> None:
     assert one.dtype == np.int16 and not np.array_equal(one, two)
 
 
-def test_bench_read_measures_all_sizes() -> None:
+READ = ["undecoded", "decoded", "decoded_half", "decoded_quarter", "undecoded_litdata", "checked"]
+LOCALITY = ["shards_at_a_time", "requests_a_step"]
+
+
+def test_bench_read_measures_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("webdataset")
-    names = [item.name for item in check(bench_read.measure(0.01, samples=8, side=64))]
-    assert names == ["read_undecoded", "read_decoded", "read_decoded_half", "read_decoded_quarter"]
+    monkeypatch.setattr(bench_read, "_litdata", lambda folder, root, places: lambda: None)  # torch: seconds
+    monkeypatch.setattr(bench_store, "figures", lambda root, places, seconds: ())
+    monkeypatch.setattr(bench_store, "STEPS", 32)
+    found = list(bench_read.measure(0.01, samples=8, side=64))
+    assert [item.name for item in found] == [f"read_{name}" for name in READ + LOCALITY]
+    check(iter(found[:-2]))
+    shards, requests = found[-2:]
+    assert shards.value <= shards.baseline and requests.value <= requests.baseline and requests.ratio >= 1
+
+
+@pytest.mark.chaos
+def test_bench_read_measures_litdata_and_an_object_store() -> None:
+    names = [item.name for item in bench_read.measure(0.01, samples=32, side=64)]
+    assert names == [f"read_{name}" for name in [*READ, "object_store", *LOCALITY]]
 
 
 def test_bench_augment_measures_views_and_bands() -> None:

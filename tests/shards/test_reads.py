@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 from zlib import crc32
 
 import pytest
@@ -16,8 +17,10 @@ from shards.objects import ObjectStore, open_store
 from shards.reads import BatchReader, Place, coalesce
 from shards.store import Store
 from shards.tar import ShardReader
+from tests.batches import make as batches
 from tests.shards import servers
 from tests.shards.test_object_store import build
+from trainer.batches import BatchMaker
 
 SHARD = "ct-aaaaaaaaaaaaaaaaaaaaaaaaaa.tar"
 
@@ -237,3 +240,27 @@ def test_a_store_that_is_too_slow_is_given_up_and_named(stored, monkeypatch):
             reader.start(places[:1]).take(0)
     finally:
         proxy.let_go.set()
+
+
+def test_batches_from_a_bucket_are_those_of_the_folder_and_its_failure_is_one_line(
+    bucket, monkeypatch, tmp_path
+):
+    servers.choose(monkeypatch, bucket.url)
+    bucket.rule = lambda method, path: None
+    folder = batches.dataset(tmp_path / "data", tmp_path / "scratch")
+    root, objects_ = f"s3://{servers.BUCKET}/batches", Store(folder)
+    for name in objects_.list():
+        open_store(root).put(name, objects_.read(name))
+    config = batches.config(root, energy_probability=0.0)
+    makers = []
+    for where in (folder, root):
+        data = config.data.model_copy(update={"dataset": where, "node_cache": str(tmp_path / "cache")})
+        makers.append(BatchMaker(config.model_copy(update={"data": data}), 0, 1, None))
+    at_home, remote = (maker(0) for maker in makers)
+    assert at_home.keys == remote.keys
+    assert all((a == b).all() for a, b in zip(at_home.crops, remote.crops, strict=True))
+    monkeypatch.setattr(objects, "_LONGEST_WAIT", 0.001)
+    shutil.rmtree(tmp_path / "cache")
+    bucket.rule = servers.first(999, "503", lambda method, path: ".tar" in path)
+    with pytest.raises(UserError, match=r"^shard .*it answered 503 SlowDown, 7 tries in"):
+        makers[1](1)
