@@ -31,7 +31,7 @@ lint: install
 # Two processes share the files of tests; Ray's share one cluster, and have the machine to themselves.
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not ray and not chaos'
-	$(BIN)/pytest -m 'ray and not chaos'
+	$(BIN)/pytest -m 'ray and not chaos' tests/orchestration
 
 # Campaigns of kills, of three nodes and of scale: they take an hour or so.
 chaos: install

@@ -18,14 +18,29 @@ _TIMEOUT_SECONDS = 120
 _IMPORTED_ONCE = ["torch", "torch.distributed", "torch._dynamo", "trainer.loop", "tests.trainer.fake"]
 
 
+def _context() -> Any:
+    context = mp.get_context("forkserver")  # no rank inherits this process' threads
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    return context
+
+
+def exit_code(function: Callable[..., Any], *args: Any) -> int | None:
+    """Of a process that runs `function(*args)`: minus the signal that ended it, None if it did not end."""
+    process = _context().Process(target=function, args=args, daemon=True)
+    process.start()
+    process.join(_TIMEOUT_SECONDS)
+    code: int | None = process.exitcode
+    process.kill()
+    return code
+
+
 def run_ranks(function: Callable[..., Any], n: int, *args: Any) -> list[Any]:
     """`function(rank, world, *args)` on n processes that share a gloo group; their results in rank order.
 
     function must be importable (defined at the top of a module). Results may hold tensors. Raises
     AssertionError with a rank's traceback if it fails, and ends the other ranks.
     """
-    context = mp.get_context("forkserver")  # no rank inherits this process' threads
-    context.set_forkserver_preload(_IMPORTED_ONCE)
+    context = _context()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(n):

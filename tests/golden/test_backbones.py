@@ -114,18 +114,23 @@ def test_g9_forward_equals_the_definition():
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_g9_keys_and_forward_equal_torchvisions(name):
     torch.manual_seed(0)
-    reference = getattr(libraries.torchvision().models, name)(weights=None).eval()
-    reference.fc = torch.nn.Identity()
-    ours = build_backbone(name, 3).eval()
+    with torch.device("meta"):  # initial weights of their own would cost seconds
+        reference = getattr(libraries.torchvision().models, name)(weights=None).eval()
+        reference.fc = torch.nn.Identity()
+        ours = build_backbone(name, 3).eval()
+    reference.to_empty(device="cpu")
     with torch.no_grad():
-        for leaf, value in reference.named_buffers():
-            if leaf.endswith("running_mean"):
-                value.uniform_(-0.1, 0.1)
-            if leaf.endswith("running_var"):
-                value.uniform_(0.5, 1.5)
         state = reference.state_dict()
+        for leaf, value in state.items():
+            if value.ndim == 4:
+                bound = (6 / value[0].numel()) ** 0.5  # He
+                value.uniform_(-bound, bound)
+            elif leaf.endswith(("running_mean", "bias")):
+                value.uniform_(-0.1, 0.1)
+            elif leaf.endswith(("running_var", "weight")):
+                value.uniform_(0.5, 1.5)
         assert list(ours.state_dict()) == list(state)
-        ours.load_state_dict(state)
+        ours.load_state_dict(state, assign=True)
         x = torch.rand(2, 3, 96, 80)
         found, expected = ours(x), reference(x)
     assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())

@@ -1,6 +1,6 @@
-"""A trainer process for the kill tests: `python -m tests.trainer.driver RUN [STEP RANK]`, or under torchrun.
+"""The ranks of a kill test: `torchrun -m tests.trainer.driver RUN STEP RANK`.
 
-With STEP and RANK that rank is killed with SIGKILL when it asks for the batch of STEP.
+RANK is killed with SIGKILL when it asks for the batch of STEP.
 """
 
 import os
@@ -17,8 +17,7 @@ from trainer.loop import train
 
 
 def main() -> None:
-    run_dir = Path(sys.argv[1])
-    victim = (int(sys.argv[2]), int(sys.argv[3])) if len(sys.argv) > 2 else None
+    run_dir, victim = Path(sys.argv[1]), (int(sys.argv[2]), int(sys.argv[3]))
     with process_group(torch.device("cpu")) as (rank, world):
         config = tiny()
         batches = FakeBatches(config, rank, world)

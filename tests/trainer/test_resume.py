@@ -1,6 +1,7 @@
 """G11 and the promises of the loop: an interrupted run gives exactly the losses of one that was not."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from shards.errors import UserError
-from tests.dist import run_ranks
+from tests.dist import exit_code, run_ranks
 from tests.trainer.fake import FINGERPRINT, FakeBatches, tiny
 from trainer import checkpoint, files, journal
 from trainer.batches import Batch
@@ -48,18 +49,20 @@ def straight(tmp_path_factory) -> Path:
     return run_dir
 
 
-def driver(*arguments: object, ranks: int = 1) -> int:
-    command = [sys.executable, "-m"]
-    if ranks > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    command += ["tests.trainer.driver", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200, check=False)
-    return done.returncode
+def _killed_at(run_dir: str, victim: int) -> None:
+    batches = FakeBatches(tiny())
+
+    def next_batch(step: int) -> Batch:
+        if step == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batches(step)
+
+    run(Path(run_dir), next_batch=next_batch)
 
 
 @pytest.mark.parametrize("step", [1, 7])
 def test_killed_trainer_goes_on_with_exactly_the_same_losses(tmp_path, straight, step):
-    assert driver(tmp_path, step, 0) == -signal.SIGKILL
+    assert exit_code(_killed_at, str(tmp_path), step) == -signal.SIGKILL
     assert len(losses(tmp_path)) == step
     run(tmp_path)
     assert losses(tmp_path) == losses(straight)
@@ -85,9 +88,11 @@ def encoder_bytes(run_dir: Path) -> bytes:
 
 def test_one_of_two_ranks_killed_and_the_job_goes_on_exactly(tmp_path):
     run_ranks(_rank, 2, str(tmp_path / "straight"), 1000)
-    assert driver(tmp_path / "killed", 8, 1, ranks=2) != 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "tests.trainer.driver", str(tmp_path / "killed"), "8", "1"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200, check=False).returncode != 0
     assert checkpoint.list_steps(tmp_path / "killed") == [3, 6]
-    assert driver(tmp_path / "killed", ranks=2) == 0
+    run_ranks(_rank, 2, str(tmp_path / "killed"), 1000)
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     assert encoder_bytes(tmp_path / "killed") == encoder_bytes(tmp_path / "straight")
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 
 def macro_auc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:
@@ -12,6 +11,8 @@ def macro_auc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:
     labels int [n] in 0..classes-1; scores f64 [n, classes], rows sum to 1. Of two classes one is computed:
     the AUC of the other is the same number.
     """
+    from sklearn.metrics import roc_auc_score  # a second of CPU, which most ranks need not spend
+
     present = [c for c in range(scores.shape[1]) if 0 < np.count_nonzero(labels == c) < len(labels)]
     if not present:
         return float("nan")
