@@ -80,6 +80,21 @@ def test_deviation_is_relative_to_the_image_as_it_is():
         robustness.relative_deviation(np.array([0.5]), np.array([0.1]))
 
 
+def test_a_model_is_measured_on_each_image_as_it_is_and_transformed():
+    images = [np.full((1, 8, 8), v, np.float32) for v in (0.5, 0.8)]
+    keys = [(0, "a"), (0, "b")]
+
+    def brightness(batch):
+        assert batch.shape == (5, 1, 8, 8)
+        return batch.mean((1, 2, 3))
+
+    gamma = np.array([[t.gamma for t in draw_transforms(key, 4, "gamma")] for key in keys])
+    by_hand = 1 - np.array([[0.5], [0.8]]) ** (gamma - 1)  # |v^g - v| / v
+    found = robustness.measure(brightness, images, keys, "gamma", 4)
+    assert np.allclose(found, by_hand, atol=1e-5)
+    assert np.allclose(robustness.measure(brightness, images, keys, "geometric", 4), 0, atol=1e-5)
+
+
 def test_the_box_is_tukeys():
     # quartiles of 1..9 and 30: 3.25, 5.5, 7.75; the whiskers may reach -3.5 and 14.5
     box = robustness.box(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 30, np.nan]))

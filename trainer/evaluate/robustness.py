@@ -7,7 +7,7 @@ are not printed in the paper; those here are ours.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,6 +98,27 @@ def apply(image: Image, transform: Transform) -> Image:
     if transform.gamma != 1:
         out = np.clip(out, 0, 1) ** np.float32(transform.gamma)
     return np.asarray(out, np.float32)
+
+
+def measure(
+    probability: Callable[[NDArray[np.float32]], NDArray[np.float64]],
+    images: Sequence[Image],
+    keys: Sequence[Sequence[int | str]],
+    kind: Kind = "both",
+    count: int = TRANSFORMS,
+    ranges: Ranges = Ranges(),
+) -> NDArray[np.float64]:
+    """relative_deviation of a model, f64 [images, count].
+
+    probability: f32 [n, ..., H, W] to the probability of the case, [n]; it is given an image as it is and
+    all its transforms in one batch. keys: of each image, for draw_transforms: equal ones for all models.
+    """
+    found = []
+    for image, key in zip(images, keys, strict=True):
+        transforms = [Transform(), *draw_transforms(key, count, kind, ranges)]
+        found.append(np.asarray(probability(np.stack([apply(image, t) for t in transforms])), np.float64))
+    probabilities = np.stack(found)
+    return relative_deviation(probabilities[:, 0], probabilities[:, 1:])
 
 
 def relative_deviation(base: NDArray[np.float64], moved: NDArray[np.float64]) -> NDArray[np.float64]:
