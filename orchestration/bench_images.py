@@ -1,4 +1,4 @@
-"""Images and small datasets for the benchmarks: CT-like, so that codecs and filters do honest work."""
+"""Images and small datasets for the benchmarks: like CT or X-ray, to give codecs and filters honest work."""
 
 from pathlib import Path
 
@@ -31,47 +31,75 @@ def ct_slice(seed: int, side: int = 512) -> NDArray[np.int16]:
     return np.clip(np.rint(image), AIR_HU - 24, 3071).astype(np.int16)
 
 
+def radiograph(seed: int, side: int = 1200) -> NDArray[np.uint16]:
+    """A chest-like radiograph of 12 bits, uint16 [side, side]: lungs, spine, ribs, fine texture and noise.
+
+    About 4 bits a pixel as HTJ2K; real ones of 10 bits, shrunk to 1200 px, have 2 to 2.4.
+    """
+    rng = np.random.default_rng([8, seed])
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j].astype(np.float32)
+    image = 2600 - 500 * y - 700 * np.hypot(x, y / 1.3) ** 4
+    for sign in (-1, 1):  # larger is brighter: lungs are dark
+        inside = ((x - sign * rng.uniform(0.38, 0.44)) / 0.27) ** 2 + (
+            (y + 0.1) / rng.uniform(0.55, 0.65)
+        ) ** 2
+        image -= 1300 / (1 + np.exp(np.minimum(12 * (inside - 1), 60)))
+    image += 500 * np.exp(-((x / 0.09) ** 2))
+    ribs = np.sin(rng.uniform(22, 26) * (y + 0.35 * x**2)) ** 8
+    image += 160 * ribs * (np.abs(x) < 0.75)
+    image += sum(90 / (1 + i) * _smooth(rng, side, 4 * 3**i) for i in range(5))
+    image += rng.normal(0, 1.8, image.shape)
+    return np.clip(np.rint(image), 0, 4095).astype(np.uint16)
+
+
 def _smooth(rng: np.random.Generator, side: int, cells: int) -> NDArray[np.float32]:
     """A random field [side, side] with structures of side / cells pixels, about N(0, 1)."""
     coarse = rng.standard_normal((cells, cells)).astype(np.float32)
     return np.asarray(cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC), dtype=np.float32)
 
 
-def write_dataset(root: Path, scratch: Path, count: int, side: int = 512, shards: int = 4) -> None:
-    """A dataset of `count` CT-like samples in `shards` shards, all in the training split, codec htj2k."""
+def write_dataset(
+    root: Path, scratch: Path, count: int, side: int = 512, shards: int = 4, modality: str = "ct"
+) -> None:
+    """A dataset of `count` samples, ct or xr, in `shards` shards, all in the training split, codec htj2k."""
     store = Store(root)
-    open_or_create(store, DatasetInfo("htj2k", digest("bench"), "bench", modalities=("ct",)))
+    open_or_create(store, DatasetInfo("htj2k", digest("bench"), "bench", modalities=(modality,)))
     for shard in range(shards):
         unit = digest("bench-unit", str(shard))
-        samples = [_sample(unit, i, side) for i in range(shard, count, shards)]
+        samples = [_sample(unit, i, side, modality) for i in range(shard, count, shards)]
         commit_unit(store, unit, samples, [], scratch, len(samples))
 
 
-def _sample(unit: str, index: int, side: int) -> EncodedSample:
-    pixels = ct_slice(index, side)
+def made_up(modality: str, index: int, side: int) -> NDArray:
+    """The pixels of a sample of `write_dataset`."""
+    return ct_slice(index, side) if modality == "ct" else radiograph(index, side)
+
+
+def _sample(unit: str, index: int, side: int, modality: str) -> EncodedSample:
+    pixels = made_up(modality, index, side)
     key = digest("bench-sample", str(index))
     row: Row = {
         "key": key,
         "source": key,
         "unit": unit,
         "kind": "dicom",
-        "modality": "ct",
+        "modality": modality,
         "split": "train",
         "patient": digest("bench-patient", str(index // 8)),
         "frame": 0,
         "codec": "htj2k",
         "rows": side,
         "columns": side,
-        "dtype": "int16",
+        "dtype": pixels.dtype.name,
         "original_rows": side,
         "original_columns": side,
         "pixel_digest": pixel_digest(pixels),
         "inverted": False,
         "was_color": False,
         "lossy_source": False,
-        "window_center": 40.0,
-        "window_width": 400.0,
-        "window_function": "LINEAR",
+        "window_center": 40.0 if modality == "ct" else None,
+        "window_width": 400.0 if modality == "ct" else None,
+        "window_function": "LINEAR" if modality == "ct" else None,
         **pixel_statistics(pixels),
     }
     return EncodedSample(row, get_codec("htj2k").encode(pixels))

@@ -257,17 +257,22 @@ def _fill(size: int, grid: int) -> int:
 
 
 def _pyramid_energies(image: Image, first: Image, levels: Sequence[Image]) -> NDArray[np.float64]:
-    """Energies of the bands; from band 2 on the level's own grid, with the blur that pyrUp would add."""
+    """Energies of the bands. Band 1 is looked at in every other row and column (of G_1; its blur makes
+    neighbours alike), the coarser ones on their own grid, all with the blur that pyrUp would add.
+    """
     rows, columns = image.shape
-    energies = [_std(image, first)]
+    # The mean of I - G_1 is left out: only pixels at the edge make it differ from 0.
+    energies = [math.sqrt(cv2.norm(image, first, cv2.NORM_L2SQR) / image.size)]
     for k, level in enumerate(levels):  # level of G_{k+1}, grid 2^k px
-        extra = (4**k - 1) / (3 * 4**k)
-        up = None
-        if k + 1 < len(levels):
+        grid, up = k, None
+        if k == 0 and len(levels) > 1:
+            grid, level, up = 1, np.ascontiguousarray(first[::2, ::2]), _three_taps(levels[1], 0.25)
+        elif k + 1 < len(levels):
             up = cv2.pyrUp(levels[k + 1], dstsize=(level.shape[1], level.shape[0]))
-        inside = (slice(-(-rows >> k)), slice(-(-columns >> k)))
+        inside = (slice(-(-rows >> grid)), slice(-(-columns >> grid)))
         if k:
-            level, up = _three_taps(level if up is None else cv2.subtract(level, up), extra), None
+            level = _three_taps(level if up is None else cv2.subtract(level, up), (4**k - 1) / (3 * 4**k))
+            up = None
         energies.append(_std(level[inside], None if up is None else up[inside]))
     return np.array(energies)
 
