@@ -168,7 +168,8 @@ class Feed:
     def grow(self, makers: int) -> None:
         """Start actors up to that number, local ones first; each has work from when it answers, so that one
         without a place holds up nothing."""
-        while (there := [*self._makers, *self._starting]) and len(there) < makers:
+        makers = min(makers, self._feeders.most + self._feeders.overflow)
+        while len(there := [*self._makers, *self._starting]) < makers:
             self._add(local=sum(maker.local for maker in there) < self._feeders.most)
 
     def interrupt(self) -> None:
