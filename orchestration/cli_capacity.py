@@ -1,18 +1,20 @@
 """`medswav capacity` and `simulate`: what a cluster is to hold and do, before there is one. Thin."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from shards.errors import UserError
+from shards.objects import location
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change a setting; may be repeated.")
 ]
 Shares = Annotated[
     list[str] | None,
-    typer.Option("--share", metavar="ct=.72", help="Part of the images; repeated. Default: those of D_M."),
+    typer.Option("--share", metavar="ct=.72", help="Repeated; default: D_M."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
@@ -22,7 +24,74 @@ _OF_OPTIONS = ("data.modalities", "data.batch_size")
 
 
 def register(app: typer.Typer) -> None:
+    app.command()(capacity)
     app.command()(simulate)
+
+
+def capacity(
+    gpus: Annotated[int, typer.Option(min=1, help="A rank each.")],
+    images: Annotated[float, typer.Option(help="Of all modalities.")] = 105e6,
+    share: Shares = None,
+    preset: Annotated[str, typer.Option(help="Or a YAML file.")] = "paper_2d_mixed",
+    set_: Settings = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Rates of a core, now.")] = False,
+    dataset: Annotated[Path | None, typer.Option(help="Measure its images.")] = None,
+    gpu: Annotated[str, typer.Option(help="Of the docs: v100, h200.")] = "v100",
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    cores_per_node: Annotated[int | None, typer.Option(min=1, help="Default: 80.")] = None,
+    memory_per_node: Annotated[str | None, typer.Option(metavar="SIZE", help="Default: 512GB.")] = None,
+    storage_bandwidth: Annotated[str | None, typer.Option(metavar="SIZE/s", help="Of all, 2GB/s.")] = None,
+    network_bandwidth: Annotated[str | None, typer.Option(metavar="SIZE/s", help="Of a node.")] = None,
+    step_seconds: Annotated[float | None, typer.Option(help="Of such a step.")] = None,
+    gpu_rate: Annotated[float | None, typer.Option(help="Samples/s of a GPU.")] = None,
+    core_rate: Annotated[float | None, typer.Option(help="Samples/s, all views.")] = None,
+    ingest_rate: Annotated[float | None, typer.Option(help="Images/s of a core.")] = None,
+    source_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help="Of an image.")] = None,
+    stored_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help="Of an image.")] = None,
+    days: Annotated[float | None, typer.Option(help="What it takes to be done.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time, storage, cores, memory and bandwidth of ingest and pretraining, and what limits them.
+
+    Every figure says where it is from: given, measured, or the docs.
+
+    Example: medswav capacity --images 105e6 --gpus 32 --measure --storage-bandwidth 2GB/s
+    """
+    from orchestration.capacity_job import Asked
+    from orchestration.capacity_job import capacity as reckon
+    from orchestration.capacity_rates import GPU_KINDS
+    from orchestration.capacity_text import render
+
+    if gpu not in GPU_KINDS:
+        raise UserError(
+            f"--gpu {gpu}: rates are documented for {' and '.join(GPU_KINDS)}; for others give --step-seconds"
+        )
+    if dataset is not None and not measure:
+        raise UserError("--dataset is what --measure measures: add --measure")
+    asked = Asked(
+        images=whole("--images", images),
+        shares=parse_shares(share),
+        gpus=gpus,
+        gpus_per_node=gpus_per_node,
+        preset=preset,
+        settings=set_ or [],
+        dataset="" if dataset is None else location(dataset),
+        measure=measure,
+        gpu_kind=gpu,
+        cores_per_node=cores_per_node,
+        memory_per_node=memory_per_node,
+        storage_bandwidth=storage_bandwidth,
+        network_bandwidth=network_bandwidth,
+        step_seconds=step_seconds,
+        per_gpu=gpu_rate,
+        per_core=core_rate,
+        ingest_per_core=ingest_rate,
+        source_bytes=source_bytes,
+        stored_bytes=stored_bytes,
+        days=days,
+    )
+    found = reckon(asked)
+    typer.echo(json.dumps(found, indent=1) if as_json else render(found))
 
 
 def simulate(
