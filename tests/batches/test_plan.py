@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shards.errors import UserError
-from trainer.batches import choose_reduce, plan_batch
+from trainer.batches import choose_reduce, plan_batch, plan_steps
 from trainer.config import DataConfig, TrainConfig, ViewConfig, check_world
 
 COUNTS = {"ct": 37, "mr": 8, "us": 5, "xr": 100}
@@ -51,6 +51,18 @@ def test_every_sample_comes_once_per_pass_also_when_the_world_size_changes(world
         assert set(seen[m].values()) == {1}  # no (sample, pass) twice
         complete = [(i, p) for p in range(draws // n) for i in range(n)]
         assert set(complete) <= set(seen[m])  # none missing
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31])
+@pytest.mark.parametrize("first", [0, 5, 999_983])
+@pytest.mark.parametrize("world", [1, 4, 12])
+def test_steps_planned_together_are_those_planned_one_by_one(seed, first, world):
+    for rank in {0, world - 1}:
+        many = plan_steps(range(first, first + 6), COUNTS, DATA, seed, rank, world)
+        for row in range(6):
+            one = plan_batch(first + row, COUNTS, DATA, seed, rank, world)
+            assert list(one) == list(many)
+            assert all(np.array_equal(one[m][i], many[m][i][row]) for m in COUNTS for i in (0, 1))
 
 
 def test_passes_are_shuffled_anew_and_seeds_differ():
