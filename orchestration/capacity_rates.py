@@ -65,7 +65,7 @@ SOURCE_BYTES = Figure(524_288, "bytes an image", "docs", "docs/capacity.md: 512 
 STORED_BYTES = Figure(152e3, "bytes an image", "docs", "docs/capacity.md: 16 TB of 105 M images")
 ROW_BYTES = Figure(166.5, "bytes a row", "docs", "docs/capacity.md: columns that training reads")
 CORES, MEMORY = Figure(80, "cores a node", "docs", PAPER), Figure(512e9, "bytes a node", "docs", PAPER)
-_CT = Figure(122, "samples/s and core", "docs", "BENCHMARKS.md: augment, 512 px CT")
+_CT = Figure(122, "samples/s and core", "docs", "docs/capacity.md: 512 px CT, 2026-11-23")
 _VIEWS = {
     "ct": _CT,
     "xr": Figure(48, "samples/s and core", "docs", "preset paper_2d_mixed: 2400 x 2000 px"),
