@@ -47,8 +47,12 @@ def pretrain(
     ] = None,
     preset: Annotated[str, typer.Option(help="Preset (`medswav presets`) or YAML file.")] = "demo",
     ranks: Annotated[
-        int, typer.Option(min=1, help="Training processes; one a GPU where there are GPUs.")
-    ] = 2,
+        str,
+        typer.Option(help="Training processes, one a GPU where there are any; 2:8: as many as find a place."),
+    ] = "2",
+    resize_seconds: Annotated[
+        float, typer.Option(min=1, help="With --ranks 2:8: between looks for more nodes.")
+    ] = 60.0,
     feeders: Annotated[
         str, typer.Option(help="Augmentation actors of each rank; auto: as the first steps need.")
     ] = "auto",
@@ -74,15 +78,18 @@ def pretrain(
 
     Example: medswav pretrain --preset demo --dataset DATASET --run-dir RUN --set max_steps=500
     """
+    from orchestration.elastic import parse_ranks
     from orchestration.pretrain_job import pretrain
     from trainer.config import load_config, text_setting
     from trainer.explain_text import explained
     from trainer.feeding import parse_count
 
+    fewest, most = parse_ranks(ranks)
+
     own = [] if dataset is None else [text_setting("data.dataset", location(dataset))]
     config = load_config(preset, [*(set_ or []), *own])
     if explain:
-        typer.echo(explained(config, ranks, preset, as_json=as_json))
+        typer.echo(explained(config, most, preset, as_json=as_json))
         return
     if as_json or dataset is None or run_dir is None:
         wanted = "--explain with --json" if as_json else "--dataset" if dataset is None else "--run-dir"
@@ -90,9 +97,11 @@ def pretrain(
     result = pretrain(
         config,
         run_dir,
-        ranks,
+        most,
         parse_count(feeders, "--feeders"),
         overflow=overflow_feeders,
+        fewest=fewest,
+        resize_seconds=resize_seconds,
         address=address,
         gpu=gpu,
         max_failures=max_failures,

@@ -23,6 +23,7 @@ from orchestration.cluster import (
     connected,
     wanted_address,
 )
+from orchestration.elastic import RESIZE_SECONDS, Ranks, elastic_trainer, possible_ranks
 from orchestration.feed import object_store_bytes, rank_resources
 from orchestration.metrics import Metrics, endpoint, observe_alarms, observe_step
 from orchestration.pretrain_rank import Control, ControlState, RankSettings, run_rank
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from trainer.prepare import Prepared
 
 POLL_SECONDS = 0.25
+BATCH_NORM_WARNING = (
+    "each rank normalises its own images, so with another number of ranks the losses move; "
+    "model.sync_batchnorm=global keeps them"
+)
 STOP_TIMEOUT_SECONDS = 280.0  # below the stop time that `medswav submit` asks of Ray
 
 
@@ -63,6 +68,8 @@ def pretrain(
     feeders: int | None = 1,
     *,
     overflow: int = 0,
+    fewest: int | None = None,
+    resize_seconds: float = RESIZE_SECONDS,
     address: str | None = None,
     gpu: bool | None = None,
     max_failures: int = 3,
@@ -74,8 +81,10 @@ def pretrain(
     """Train to config.max_steps on `workers` ranks with `feeders` augmentation actors each (None: as many as
     the rates of the first steps ask for), and `overflow` more each on other nodes without GPU.
 
-    Everything is written below run_dir, which all nodes must see. max_failures: restarts in a row without a
-    step gained. Raises UserError (configuration, disk), TrainingFailedError.
+    Everything is written below run_dir, which all nodes must see. fewest: then as few ranks as that are
+    enough, and there are as many of them, up to `workers`, as find a place, looked for every resize_seconds.
+    max_failures: restarts in a row without a step gained. Raises UserError (configuration, disk),
+    TrainingFailedError.
     """
     from trainer.config import check_device, few_samples_warning
 
@@ -86,7 +95,8 @@ def pretrain(
     began = time.monotonic()
     with StopFlag() as stop:  # from here on a signal ends with 130
         try:
-            prepared = check(config, run_dir, workers, say, stop, stream)
+            ranks = possible_ranks(config, fewest or workers, workers)
+            prepared = check(config, run_dir, ranks.most, say, stop, stream)
         except _StoppedError:
             return PretrainResult(newest_checkpoint(run_dir), False, 0, time.monotonic() - began)
         if is_complete(config, run_dir, prepared):
@@ -95,25 +105,30 @@ def pretrain(
         if warning := few_samples_warning(config):
             say(f"pretrain: {warning}")
         start = feeders or 1
-        cpus = workers * (1 + start) + 1
+        cpus = ranks.most * (1 + start) + 1
         if feeders is None:
             cpus = max(cpus, own_cpus())
-        most = feeders or most_makers(cpus, workers)
-        store = object_store_bytes(config, workers, most, OBJECT_STORE_BYTES)
+        most = feeders or most_makers(cpus, ranks.most)
+        store = object_store_bytes(config, ranks.most, most, OBJECT_STORE_BYTES)
         metrics = Metrics("train")
         with (
             connected(address, cpus=cpus, object_store_bytes=store, verbose=verbose) as cluster,
             endpoint(metrics, run_dir, "pretrain", metrics_port, metrics_host) as url,
         ):
-            use_gpu = choose_gpu(gpu, workers)
+            use_gpu = choose_gpu(gpu, ranks.fewest)
             check_device(config, "cuda" if use_gpu else "cpu")
             device = "GPU" if use_gpu else "CPU"
             shown = f"{start} augmentation actors each{', more as needed' * (feeders is None)}"
-            say(f"pretrain: {workers} ranks on {device}, {shown}; metrics at {url}")
-            if not cluster.local and cluster.cpus < workers * (1 + start):
-                say(f"pretrain: the cluster has {cluster.cpus} CPUs, the job wants {cpus}: waiting for more")
+            say(f"pretrain: {ranks.text()} ranks on {device}, {shown}; metrics at {url}")
+            if ranks.elastic and config.model.sync_batchnorm != "global":
+                say(f"pretrain: {BATCH_NORM_WARNING}")
+            needed = ranks.fewest * (1 + start)
+            if not cluster.local and cluster.cpus < needed:
+                say(
+                    f"pretrain: the cluster has {cluster.cpus} CPUs, the job wants {needed}: waiting for more"
+                )
             job = _Job(config, run_dir, metrics, max_failures, stop, say, stream)
-            step, finished, restarts = job.run(workers, feeders, overflow, prepared, use_gpu)
+            step, finished, restarts = job.run(ranks, feeders, overflow, prepared, use_gpu, resize_seconds)
     return PretrainResult(step, finished, restarts, time.monotonic() - began)
 
 
@@ -243,7 +258,13 @@ class _Job:
         self._failure: BaseException | None = None
 
     def run(
-        self, workers: int, feeders: int | None, overflow: int, prepared: "Prepared", use_gpu: bool
+        self,
+        ranks: Ranks,
+        feeders: int | None,
+        overflow: int,
+        prepared: "Prepared",
+        use_gpu: bool,
+        resize_seconds: float,
     ) -> tuple[int, bool, int]:
         """(step, finished, restarts)."""
         import ray
@@ -262,9 +283,8 @@ class _Job:
             prepared.labels,
             control,
         )
-        thread = threading.Thread(
-            target=self._fit, args=(settings, control, workers, use_gpu), name="ray-train", daemon=True
-        )
+        given = (settings, control, ranks, use_gpu, resize_seconds)
+        thread = threading.Thread(target=self._fit, args=given, name="ray-train", daemon=True)
         thread.start()
         with Progress("pretrain", self._config.max_steps, "steps", stream=self._stream) as progress:
             result = self._follow(control, thread, progress)
@@ -292,7 +312,9 @@ class _Job:
             raise TrainingFailedError(state.error or _short(self._failure))
         return state.result
 
-    def _fit(self, settings: RankSettings, control: Any, workers: int, use_gpu: bool) -> None:
+    def _fit(
+        self, settings: RankSettings, control: Any, ranks: Ranks, use_gpu: bool, resize_seconds: float
+    ) -> None:
         import ray
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -306,18 +328,21 @@ class _Job:
             worker_runtime_env={"env_vars": threads},
             logging_config=LoggingConfig(log_level="ERROR"),
         )
-        trainer = TorchTrainer(
-            run_rank,
-            train_loop_config={"rank": settings},
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=workers,
+        arguments: dict[str, Any] = {
+            "train_loop_per_worker": run_rank,
+            "train_loop_config": {"rank": settings},
+            "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            "scaling_config": ScalingConfig(
+                num_workers=(ranks.fewest, ranks.most) if ranks.elastic else ranks.most,
                 use_gpu=use_gpu,
                 resources_per_worker=rank_resources(settings.feeders or 1, use_gpu),
+                elastic_resize_monitor_interval_s=resize_seconds,
             ),
-            run_config=run_config,
-        )
+            "run_config": run_config,
+        }
         try:
+            fixed = not ranks.elastic
+            trainer = TorchTrainer(**arguments) if fixed else elastic_trainer(ranks, control, **arguments)
             trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError, RuntimeError) as error:
             self._failure = error
@@ -330,9 +355,9 @@ class _Job:
             raise TrainingFailedError(state.fatal)
         for _ in range(state.failures):
             self._count_failure(state.error)
-        for start in state.starts:
+        for start, world in state.starts:
             if self._began or start:
-                self._say(f"pretrain: all ranks go on from step {start}")
+                self._say(f"pretrain: {world} ranks go on from step {start}")
             if not self._began:
                 self._began = True
                 progress.restart(start)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestration.elastic import preempted
 from orchestration.feed import Feed, Feeders, batch_bytes, feeders_here, make_batches
 from shards.errors import UserError
 from trainer.feeding import Ahead, Pace
@@ -16,15 +17,17 @@ from trainer.feeding import Ahead, Pace
 if TYPE_CHECKING:
     from trainer.batches import Batch
 
+PAUSE_SECONDS = 0.5
+
 
 @dataclass
 class ControlState:
-    """What the ranks told since the last look: metrics of steps, steps to begin with, lines for the user,
-    failures of the ranks and the newest error; what ends the job (a user's mistake, a fatal error, the
-    result) stays."""
+    """What the ranks told since the last look: metrics of steps, (step, number of ranks) of each start, lines
+    for the user, failures of the ranks and the newest error; what ends the job (a user's mistake, a fatal
+    error, the result) stays."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
+    starts: list[tuple[int, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failures: int = 0
     user_error: str | None = None
@@ -34,10 +37,16 @@ class ControlState:
 
 
 class Control:
-    """The mailbox between the driver and the ranks: an actor of a few fields, on the driver's node."""
+    """The mailbox between the driver and the ranks: an actor of a few fields, on the driver's node.
+
+    Ranks that end before the last step learn here what they are to do: `end`; `wait` to be replaced by
+    another number of ranks; `leave`, because a node of theirs is about to be taken away.
+    """
 
     def __init__(self) -> None:
-        self._stop = asyncio.Event()
+        self._stop, self._ended = asyncio.Event(), asyncio.Event()
+        self._outcome, self._paused_at = "", 0
+        self._pausing = False
         self._state = ControlState()
         self._group = ""  # the newest ranks, which the driver's failures and restarts have left
 
@@ -47,12 +56,37 @@ class Control:
         return True
 
     async def request_stop(self) -> None:
+        self._pausing = False
+        if self._outcome == "wait":
+            self._outcome = "end"
+            self._state.result = {"step": self._paused_at, "finished": False}
         self._stop.set()
+
+    async def request_pause(self) -> None:
+        """The ranks save after this step, and wait."""
+        if not self._stop.is_set():
+            self._pausing = True
+            self._stop.set()
+
+    async def is_paused(self) -> bool:
+        return self._outcome == "wait"
+
+    async def resume(self) -> None:
+        """For the ranks that are started next; those that wait are about to be ended."""
+        if self._pausing:
+            self._pausing, self._stop = False, asyncio.Event()
+        self._outcome, self._ended = "", asyncio.Event()
+
+    async def outcome(self) -> str:
+        """What the ranks do now; returns when rank 0 has told its result."""
+        await self._ended.wait()
+        return self._outcome
 
     async def tell(self, kind: str, value: Any) -> None:
         if kind == "step":
             self._state.steps.append(value)
         elif kind == "start":
+            self._outcome, self._ended = "", asyncio.Event()
             self._state.starts.append(value)
         elif kind == "note":
             self._state.notes.append(value)
@@ -63,16 +97,34 @@ class Control:
             if group == self._group:  # by another command; ranks of before, by those that took their place
                 self._state.user_error = text
         elif kind == "failure":
-            self._state.failures += 1
-            self._state.error = self._state.error or value
+            if self._outcome != "leave":
+                self._state.failures += 1
+                self._state.error = self._state.error or value
+        elif kind == "result":
+            self._end(value)
         else:
             setattr(self._state, kind, value)
+
+    def _end(self, result: dict[str, Any]) -> None:
+        if result["finished"] or (self._stop.is_set() and not self._pausing):
+            self._outcome, self._state.result = "end", result
+        else:
+            self._outcome = "wait" if self._pausing else "leave"
+            self._paused_at = int(result["step"])
+            self._state.notes.append(
+                f"the ranks saved step {self._paused_at} and make way for a change of the nodes"
+            )
+        self._ended.set()
 
     async def drain(self) -> ControlState:
         """What was told; steps, starts, notes and failures are handed out once."""
         state = self._state
         self._state = ControlState(user_error=state.user_error, fatal=state.fatal, result=state.result)
         return state
+
+
+class LeavingError(Exception):
+    """Ends ranks that made way for a node's end: a clean return would end the whole training."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +166,8 @@ def run_rank(settings: dict[str, Any]) -> None:
             ray.get(given.control.tell.remote(kind, str(error)))
         time.sleep(60)  # a raise would have Ray Train start the ranks over before the driver ends the job
         raise
+    except LeavingError:
+        raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         ray.get(given.control.tell.remote("error", text))
@@ -143,7 +197,7 @@ def _train(given: RankSettings) -> None:
     feed = Feed(make_batches, arguments, feeders, config.max_steps, allocate=host_arrays(device))
     control = given.control if rank == 0 else None
     with Ahead(feed, config.max_steps, _pace(given, feeders, control, step_clock(device))) as ahead:
-        source = _Source(feed, ahead, control, device.type == "cuda")
+        source = _Source(feed, ahead, control, world, device.type == "cuda")
         result = train(
             config,
             source,
@@ -155,11 +209,23 @@ def _train(given: RankSettings) -> None:
             bands_digest=bands_digest(given.bands),
             labels=given.labels,
             on_metrics=source.report if rank == 0 else None,
-            should_stop=stop.is_set,
+            should_stop=lambda: stop.is_set() or preempted(),
         )
     if rank == 0:
         ended = {"step": result.step, "finished": result.finished}
         ray.get(given.control.tell.remote("result", ended))
+    if not result.finished:
+        _make_way(given.control)
+
+
+def _make_way(control: Any) -> None:
+    """What a rank does that ended before the last step. Raises LeavingError."""
+    import ray
+
+    while (outcome := ray.get(control.outcome.remote())) == "wait":
+        time.sleep(PAUSE_SECONDS)  # Ray Train ends this rank
+    if outcome == "leave":
+        raise LeavingError("a node is about to be taken away")
 
 
 def _pace(
@@ -197,15 +263,16 @@ def _watch_stop(control: Any) -> threading.Event:
 class _Source:
     """next_batch of a rank; rank 0 also sends what the driver shows and serves, without waiting."""
 
-    def __init__(self, feed: Feed, ahead: Ahead, control: Any | None, on_gpu: bool) -> None:
+    def __init__(self, feed: Feed, ahead: Ahead, control: Any | None, world: int, on_gpu: bool) -> None:
         self._feed, self._ahead, self._control, self._on_gpu = feed, ahead, control, on_gpu
+        self._world = world
         self._loader: dict[str, float] = {}
         self._began = False
 
     def __call__(self, step: int) -> "Batch":
         if self._control is not None and not self._began:
             self._began = True
-            self._control.tell.remote("start", step)
+            self._control.tell.remote("start", (step, self._world))
         batch = self._ahead(step)
         if self._control is not None:
             self._loader |= {f"loader/{name}": seconds for name, seconds in batch.seconds.items()}
