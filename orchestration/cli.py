@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration import cli_capacity, cli_checkpoints, cli_ingest, cli_model, cli_presets
+from orchestration import cli_capacity, cli_checkpoints, cli_ingest, cli_jobs, cli_model, cli_presets
 from orchestration.cluster import JobFailedError
 from shards.errors import UserError
 from shards.objects import location
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.add_typer(cli_ingest.app, name="ingest")
 app.add_typer(cli_presets.app, name="presets")
 app.add_typer(cli_checkpoints.app, name="checkpoints")
+app.add_typer(cli_jobs.app, name="jobs")
 
 
 @app.command()
@@ -127,7 +128,9 @@ def submit(
     address: Annotated[
         str | None, typer.Option(help="Dashboard of the cluster, http://HEAD:8265; default RAY_ADDRESS.")
     ] = None,
-    run_id: Annotated[str | None, typer.Option(help="Name of the job; a retry appends -1, -2 ...")] = None,
+    run_id: Annotated[
+        str | None, typer.Option(help="Name of the run; its jobs are NAME-1, NAME-2 ...")
+    ] = None,
     retries: Annotated[int, typer.Option(min=0, help="Submit a failed job again, to resume.")] = 0,
     program: Annotated[str, typer.Option(help="The command `medswav` on the cluster.")] = "medswav",
 ) -> None:

@@ -1,12 +1,14 @@
 """`medswav submit -- pretrain ...`: a command of ours as a job on a running cluster, with its true exit code.
 
 `ray job submit` answers 1 to any failure; the code of the command itself is `driver_exit_code`. Ray does not
-retry jobs: `retries` submits the same command again, which resumes from its run folder.
+retry jobs: `retries` submits the same command again, which resumes from its run folder. A run has a name; its
+jobs are NAME-1, NAME-2 ..., and one of them at a time is at work.
 """
 
 import asyncio
 import logging
 import os
+import re
 import shlex
 import sys
 import threading
@@ -14,13 +16,15 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from orchestration.cluster import StopFlag, prepare_environment, use_named_token
+from orchestration.cluster import JobFailedError, StopFlag, prepare_environment, use_named_token
 from shards.errors import UserError
 
 STOP_WAIT_SECONDS = 300  # Ray's own default of 3 s is too short to save a checkpoint
 POLL_SECONDS = 1.0
 START_SECONDS = 60.0
 LOG_SECONDS = 10.0  # for the last lines after the end
+SILENCE_SECONDS = 120.0  # of the job server, before we give up following a job
+RUN_KEY = "medswav_run"  # in the metadata of a job
 INTERRUPTED, CONFIGURATION = 130, 2
 
 
@@ -35,19 +39,20 @@ def submit(
 ) -> int:
     """Run `medswav <command>` as a Ray job, copy its output to `stream`, return the command's exit code.
 
-    address: the dashboard (http://host:8265), default RAY_API_SERVER_ADDRESS or RAY_ADDRESS. run_id: prefix
-    of the job's submission id. A failed job is submitted again up to `retries` times, but never after exit
-    code 2 (configuration), 3 (failure budget) or 130 (stopped). Ctrl-C and SIGTERM stop the job, which saves
-    a checkpoint first.
+    address: the dashboard (http://host:8265), default RAY_API_SERVER_ADDRESS or RAY_ADDRESS. run_id: name of
+    the run, by default made of the time; refused while a job of that run is at work. A failed job is
+    submitted again up to `retries` times, but never after exit code 2 (configuration), 3 (failure budget) or
+    130 (stopped). Ctrl-C and SIGTERM stop the job, which saves a checkpoint first.
     """
     if not command:
         raise UserError(
             "nothing to submit: write the command after --, as in `medswav submit -- pretrain ...`"
         )
-    client = _client(address)
+    client = connect(address)
     stream = stream or sys.stdout
     name = run_id or f"medswav-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     entrypoint = shlex.join([program, *command])
+    check_name(client, name)
     with StopFlag() as stop:
         for attempt in range(retries + 1):
             job = _start(client, entrypoint, name, attempt, stop)
@@ -60,7 +65,8 @@ def submit(
     return code
 
 
-def _client(address: str | None) -> Any:
+def connect(address: str | None) -> Any:
+    """A client of the cluster's job server. Raises UserError."""
     use_named_token()
     prepare_environment()
     from ray.job_submission import JobSubmissionClient
@@ -91,7 +97,7 @@ def _start(client: Any, entrypoint: str, name: str, attempt: int, stop: StopFlag
                 entrypoint=entrypoint,
                 submission_id=_free_id(client, name),
                 runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)}},
-                metadata={"medswav_run": name, "attempt": str(attempt)},
+                metadata={RUN_KEY: name, "attempt": str(attempt)},
             )
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline or stop:
@@ -100,25 +106,43 @@ def _start(client: Any, entrypoint: str, name: str, attempt: int, stop: StopFlag
             time.sleep(1)
 
 
+def run_of(job: Any) -> str | None:
+    """The run that a job belongs to; None for a job that `medswav submit` has not submitted."""
+    name: str | None = (job.metadata or {}).get(RUN_KEY)
+    return name
+
+
+def check_name(client: Any, name: str) -> None:
+    """Raises UserError: the run is at work, or the name cannot be one of a job."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(f"--run-id {name!r} is no name: use letters, digits and . _ -")
+    for job in client.list_jobs():
+        if run_of(job) == name and not job.status.is_terminal():
+            raise UserError(
+                f"run {name} is at work, as job {job.submission_id}: follow it with `medswav jobs logs "
+                f"{name} --follow`, end it with `medswav jobs stop {name}`, or choose another --run-id"
+            )
+
+
 def _free_id(client: Any, name: str) -> str:
     taken = {job.submission_id for job in client.list_jobs()}
-    candidates = (name if n == 0 else f"{name}-{n}" for n in range(len(taken) + 1))
+    candidates = (f"{name}-{n}" for n in range(1, len(taken) + 2))
     return next(c for c in candidates if c not in taken)
 
 
 def _follow(client: Any, job: str, stream: TextIO, stop: StopFlag, poll_seconds: float) -> int:
     """Copy the log until the job ends. Its exit code; 130 when it was stopped, 1 when it never had one."""
-    tail = threading.Thread(target=_copy_log, args=(client, job, stream), daemon=True)
+    tail = threading.Thread(target=copy_log, args=(client, job, stream), daemon=True)
     tail.start()
     stopping = False
-    info = client.get_job_info(job)
+    info = _info(client, job)
     while not info.status.is_terminal():
         if stop and not stopping:
             stopping = True
             print(f"stopping job {job}; it saves a checkpoint first", file=stream, flush=True)
             client.stop_job(job)
         time.sleep(poll_seconds)
-        info = client.get_job_info(job)
+        info = _info(client, job)
     tail.join(LOG_SECONDS)
     if info.status.value == "STOPPED":
         return INTERRUPTED
@@ -128,7 +152,23 @@ def _follow(client: Any, job: str, stream: TextIO, stop: StopFlag, poll_seconds:
     return int(info.driver_exit_code)
 
 
-def _copy_log(client: Any, job: str, stream: TextIO) -> None:
+def _info(client: Any, job: str) -> Any:
+    """What the cluster knows of a job; a busy or restarting job server is asked again for some time. Raises
+    JobFailedError."""
+    deadline = time.monotonic() + SILENCE_SECONDS
+    while True:
+        try:
+            return client.get_job_info(job)
+        except (ConnectionError, RuntimeError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise JobFailedError(
+                    f"the job server has not answered for {SILENCE_SECONDS:.0f} s "
+                    f"({type(error).__name__}); job {job} may go on: see `medswav jobs ls`"
+                ) from None
+            time.sleep(POLL_SECONDS)
+
+
+def copy_log(client: Any, job: str, stream: TextIO) -> None:
     """Follow the job's output over one web socket until the job ends."""
 
     async def follow() -> None:

@@ -1,5 +1,6 @@
 """G11 in a small form: whatever is killed, the losses go on exactly as without it; jobs tell the truth."""
 
+import contextlib
 import json
 import os
 import signal
@@ -57,13 +58,21 @@ def begun(run_dir: Path, steps: int):
 
 @pytest.fixture(scope="module")
 def undisturbed(data, ray_cluster, tmp_path_factory) -> list[float]:
-    """The losses of a run that nothing happened to; it runs as a Ray job, whose exit code is 0."""
+    """The losses of a run that nothing happened to, but for its twin: two jobs at once on one cluster."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    command = [MEDSWAV, "submit", "--address", ray_cluster.dashboard, "--"]
-    code = jobs.run(command + arguments(data, folder / "run"), folder / "log", ray_cluster.env)
-    assert code == 0, (folder / "log").read_text()
-    assert (folder / "run" / "encoder.safetensors").is_file()
-    return losses(folder / "run")
+    with contextlib.ExitStack() as stack:
+        twins = []
+        for name in ("one", "two"):
+            command = [MEDSWAV, "submit", "--address", ray_cluster.dashboard, "--run-id", name, "--"]
+            command += arguments(data, folder / name)
+            log = folder / f"{name}.log"
+            twins.append((stack.enter_context(jobs.child(command, log, ray_cluster.env)), log))
+        for process, log in twins:
+            assert process.wait(timeout=jobs.DEADLINE_SECONDS) == 0, log.read_text()
+    assert (folder / "one" / "encoder.safetensors").is_file()
+    found = losses(folder / "one")
+    assert losses(folder / "two") == found
+    return found
 
 
 def test_kills_of_an_actor_a_rank_and_the_driver_change_no_loss(data, undisturbed, ray_cluster, tmp_path):
