@@ -137,7 +137,7 @@ def pretrain(site: Site, dataset: Path, name: str, *ranks: str) -> list[str]:
     ]
     flags = [part for setting in settings for part in ("--set", setting)]
     where = ["--dataset", str(dataset), "--run-dir", str(site.disk / name)]
-    return ["medswav", "pretrain", *where, "--ranks", *ranks, *flags]
+    return ["medswav", "pretrain", *where, "--feeders", "1", "--ranks", *ranks, *flags]
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
