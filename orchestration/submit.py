@@ -13,7 +13,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from orchestration.cluster import JobFailedError, StopFlag, prepare_environment, use_named_token
@@ -89,21 +89,43 @@ def connect(address: str | None) -> Any:
 
 
 def _start(client: Any, entrypoint: str, name: str, attempt: int, stop: StopFlag) -> str:
-    """Submit once. A cluster that has just started refuses for some seconds: try again until the deadline."""
+    """Submit once. A cluster that has just started refuses for some seconds, a busy one loses an answer: try
+    again until the deadline. The id of the job is chosen before, so that it is never submitted twice. Raises
+    UserError, JobFailedError."""
     deadline = time.monotonic() + START_SECONDS
+    job = _free_id(_ask(client.list_jobs), name)
     while True:
         try:
             return client.submit_job(
                 entrypoint=entrypoint,
-                submission_id=_free_id(client, name),
+                submission_id=job,
                 runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)}},
                 metadata={RUN_KEY: name, "attempt": str(attempt)},
             )
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline or stop:
-                reason = str(error).strip().splitlines()[0]
+        except (RuntimeError, OSError) as error:
+            if job in {one.submission_id for one in _ask(client.list_jobs)}:
+                return job  # it was taken, and the answer was lost
+            lost = isinstance(error, OSError) or "No available agent" in str(error)
+            if not lost or time.monotonic() > deadline or stop:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(f"the cluster does not take the job: {reason}") from None
-            time.sleep(1)
+            time.sleep(POLL_SECONDS)
+
+
+def _ask(question: Callable[..., Any], *given: str) -> Any:
+    """An answer of the job server; a busy one is asked again for some time. Raises JobFailedError."""
+    deadline = time.monotonic() + SILENCE_SECONDS
+    while True:
+        try:
+            return question(*given)
+        except (RuntimeError, OSError) as error:
+            if time.monotonic() > deadline:
+                about = f"; job {given[0]} may go on: see `medswav jobs ls`" if given else ""
+                raise JobFailedError(
+                    f"the job server has not answered for {SILENCE_SECONDS:.0f} s "
+                    f"({type(error).__name__}){about}"
+                ) from None
+            time.sleep(POLL_SECONDS)
 
 
 def run_of(job: Any) -> str | None:
@@ -116,7 +138,7 @@ def check_name(client: Any, name: str) -> None:
     """Raises UserError: the run is at work, or the name cannot be one of a job."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(f"--run-id {name!r} is no name: use letters, digits and . _ -")
-    for job in client.list_jobs():
+    for job in _ask(client.list_jobs):
         if run_of(job) == name and not job.status.is_terminal():
             raise UserError(
                 f"run {name} is at work, as job {job.submission_id}: follow it with `medswav jobs logs "
@@ -124,8 +146,8 @@ def check_name(client: Any, name: str) -> None:
             )
 
 
-def _free_id(client: Any, name: str) -> str:
-    taken = {job.submission_id for job in client.list_jobs()}
+def _free_id(jobs: Sequence[Any], name: str) -> str:
+    taken = {job.submission_id for job in jobs}
     candidates = (f"{name}-{n}" for n in range(1, len(taken) + 2))
     return next(c for c in candidates if c not in taken)
 
@@ -135,14 +157,14 @@ def _follow(client: Any, job: str, stream: TextIO, stop: StopFlag, poll_seconds:
     tail = threading.Thread(target=copy_log, args=(client, job, stream), daemon=True)
     tail.start()
     stopping = False
-    info = _info(client, job)
+    info = _ask(client.get_job_info, job)
     while not info.status.is_terminal():
         if stop and not stopping:
             stopping = True
             print(f"stopping job {job}; it saves a checkpoint first", file=stream, flush=True)
-            client.stop_job(job)
+            _ask(client.stop_job, job)
         time.sleep(poll_seconds)
-        info = _info(client, job)
+        info = _ask(client.get_job_info, job)
     tail.join(LOG_SECONDS)
     if info.status.value == "STOPPED":
         return INTERRUPTED
@@ -150,22 +172,6 @@ def _follow(client: Any, job: str, stream: TextIO, stop: StopFlag, poll_seconds:
         print(info.message or "the job failed before its command began", file=stream, flush=True)
         return 0 if info.status.value == "SUCCEEDED" else 1
     return int(info.driver_exit_code)
-
-
-def _info(client: Any, job: str) -> Any:
-    """What the cluster knows of a job; a busy or restarting job server is asked again for some time. Raises
-    JobFailedError."""
-    deadline = time.monotonic() + SILENCE_SECONDS
-    while True:
-        try:
-            return client.get_job_info(job)
-        except (ConnectionError, RuntimeError, OSError) as error:
-            if time.monotonic() > deadline:
-                raise JobFailedError(
-                    f"the job server has not answered for {SILENCE_SECONDS:.0f} s "
-                    f"({type(error).__name__}); job {job} may go on: see `medswav jobs ls`"
-                ) from None
-            time.sleep(POLL_SECONDS)
 
 
 def copy_log(client: Any, job: str, stream: TextIO) -> None:

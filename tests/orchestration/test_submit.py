@@ -40,6 +40,7 @@ class Server:
     jobs: list[Job] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
     silent: int = 0  # requests that are not answered
+    forgetful: int = 0  # jobs that are taken without an answer
 
     def list_jobs(self) -> list[Job]:
         return self.jobs
@@ -48,6 +49,9 @@ class Server:
         code = self.codes.pop(0)
         state = "FAILED" if code else "SUCCEEDED"
         self.jobs.append(Job(submission_id, state, metadata[submit.RUN_KEY], code, entrypoint=entrypoint))
+        if self.forgetful:
+            self.forgetful -= 1
+            raise ConnectionResetError("no answer")
         return submission_id
 
     def get_job_info(self, job: str) -> Job:
@@ -110,6 +114,12 @@ def test_a_silent_job_server_is_asked_again_and_then_named(server, monkeypatch):
         monkeypatch.setattr(submit, "SILENCE_SECONDS", 0.05)
         with pytest.raises(JobFailedError, match="job north may go on"):
             submit._follow(server, "north", io.StringIO(), stop, 0.01)
+
+
+def test_a_job_whose_answer_was_lost_is_not_submitted_twice(server):
+    server.codes, server.forgetful = [0], 1
+    assert submit.submit(["x"], run_id="north", stream=io.StringIO(), poll_seconds=0.01) == 0
+    assert len(server.jobs) == 1
 
 
 def test_jobs_are_listed_by_run_shown_and_stopped(server):
