@@ -150,17 +150,26 @@ def _describe(folder: Path | None) -> Cluster:
 
 
 def _start(cpus: int, gpus: int | None, store: int, options: dict[str, Any]) -> None:
+    """Raises JobFailedError: Ray gives itself 30 s, which is too little on a machine that is overloaded."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        num_gpus=gpus,
-        object_store_memory=store,
-        include_dashboard=False,
-        _temp_dir=str(process_folder()),
-        **options,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            object_store_memory=store,
+            include_dashboard=False,
+            _temp_dir=str(process_folder()),
+            **options,
+        )
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise JobFailedError(
+            "the local Ray did not start within its 30 s: the machine is overloaded, or has no memory left; "
+            "the same command continues"
+        ) from None
 
 
 def _connect(address: str, options: dict[str, Any]) -> None:

@@ -42,6 +42,8 @@ FAST_CHECKS = {
     "RAY_grpc_keepalive_timeout_ms": "10000",
     "RAY_grpc_client_keepalive_time_ms": "3000",
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
+    "RAY_worker_niceness": "0",  # Ray's own is 15: on a machine that others use, workers hardly run
+    "RAY_agent_register_timeout_ms": "120000",
 }
 _CLONE_NEWNET = 0x40000000
 _NODE_PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
