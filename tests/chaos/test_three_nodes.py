@@ -5,6 +5,7 @@ typed and printed is written there: docs/cluster.md holds such a log.
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -197,6 +198,32 @@ def test_an_elastic_pretraining_loses_a_machine_and_gets_it_back(site, dataset, 
     found = losses(run_dir)
     print("largest difference of a loss:", max(abs(a - b) for a, b in zip(found, undisturbed, strict=True)))
     assert found == pytest.approx(undisturbed, abs=0.05)
+
+
+def test_ranks_save_before_a_machine_is_taken_away(site, dataset) -> None:
+    run_dir, log = site.disk / "drained", site.disk / "drained.log"
+    site.transcript.section("Elastic pretraining: a machine is about to be taken away")
+    submit = ["medswav", "submit", "--address", site.cluster.url, "--run-id", "drained"]
+    command = pretrain(site, dataset, run_dir.name, "1:3")[1:]
+    with site.job(log, *submit, "--", *command) as process:
+        jobs.poll("steps", lambda: len(rows(run_dir)) > EVERY, process)
+        leaving = site.with_worker("ray::RayTrainWorker", log, process)
+        node = next(node for name, node in site.cluster.alive() if name == leaving.name)
+        note(log, f"{leaving.name} is drained")
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "maintenance"]
+        drain = ["ray", "drain-node", "--address", site.cluster.address, "--node-id", node, *why]
+        site.run(site.disk / "drain.log", *drain, "--deadline-remaining-seconds", "300")
+        jobs.poll("a checkpoint", lambda: "make way" in log.read_text(), process)
+        jobs.poll("two ranks", lambda: "2 ranks go on" in log.read_text(), process)
+        site.power_off(leaving, log)
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0, log.read_text()
+    text = log.read_text()
+    (saved_at,) = re.findall(r"saved step (\d+) and make way", text)
+    assert f"2 ranks go on from step {saved_at}" in text, "no step is done twice"
+    assert "a rank failed" not in text
+    losses(run_dir)
+    site.run(site.disk / "jobs.log", "medswav", "jobs", "ls", "--address", site.cluster.url)
+    site.repair()
 
 
 def global_batches_are_the_same(run_dir: Path) -> bool:
