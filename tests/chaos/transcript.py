@@ -4,6 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+WIDTH = 160
+_NOISE = re.compile(r"cli\.py:(?!67)|Next steps|job_manager\.py|sdk\.py|Running entrypoint|^\s*\(2\) raylet")
+_PROGRESS = re.compile(r"(ingest|pretrain|dedupe[^:]*): [^:]*\d+/\d+ \w+, \d+:\d\d passed")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -26,11 +29,22 @@ class Transcript:
     def block(self, where: str, command: Sequence[str], log: Path) -> None:
         """A command on a machine with all that it printed, notes in between included."""
         typed = " ".join(self.plain(part) for part in command)
-        printed = [line.rstrip() for line in self.plain(log.read_text()).splitlines() if line.strip()]
-        self._lines += ["", "```", *wrapped(f"{where}$ {typed}"), *printed, "```"]
+        self._lines += ["", "```", *wrapped(f"{where}$ {typed}"), *brief(self.plain(log.read_text())), "```"]
 
     def write(self, path: Path) -> None:
         path.write_text("\n".join(self._lines).strip() + "\n")
+
+
+def brief(text: str) -> list[str]:
+    """The lines of a log without Ray's advice, long ones cut, and of progress the first and the last before
+    something else is said."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not _NOISE.search(line)]
+    kept = []
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+        if _PROGRESS.match(line) and _PROGRESS.match(before) and _PROGRESS.match(after):
+            continue
+        kept.append(line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ...")
+    return kept
 
 
 def wrapped(command: str, width: int = 118) -> list[str]:
