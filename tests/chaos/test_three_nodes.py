@@ -135,6 +135,7 @@ def pretrain(site: Site, dataset: Path, name: str, *ranks: str) -> list[str]:
         f"checkpoint.every_steps={EVERY}",
         "log_every_steps=1",
         "model.sync_batchnorm=global",
+        "optim.final_learning_rate=0.002",  # constant: the losses do not depend on max_steps
     ]
     flags = [part for setting in settings for part in ("--set", setting)]
     where = ["--dataset", str(dataset), "--run-dir", str(site.disk / name)]
@@ -146,9 +147,10 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 def losses(run_dir: Path) -> list[float]:
+    """Of each step, none of them missing or done twice; of an unfinished run those of the first STEPS."""
     found = rows(run_dir)
-    assert [row["step"] for row in found] == list(range(STEPS))
-    return [row["loss"] for row in found]
+    assert [row["step"] for row in found] == list(range(len(found))) and len(found) >= STEPS
+    return [row["loss"] for row in found[:STEPS]]
 
 
 def saved(run_dir: Path, step: int) -> Callable[[], bool]:
@@ -179,11 +181,13 @@ def test_a_pretraining_that_loses_a_machine_has_the_same_losses(site, dataset, u
     site.repair()
 
 
-def test_an_elastic_pretraining_loses_a_machine_and_gets_it_back(site, dataset, undisturbed) -> None:
+def test_elastic_ranks_come_and_go_with_the_machines(site, dataset, undisturbed) -> None:
+    """Three; a machine loses power: two; it comes back: three; it is drained: two; the job is stopped."""
     run_dir, log = site.disk / "elastic", site.disk / "elastic.log"
-    site.transcript.section("Elastic pretraining: a machine loses power and comes back")
+    site.transcript.section("Elastic pretraining: a machine loses power, comes back, and is drained")
     submit = ["medswav", "submit", "--address", site.cluster.url, "--run-id", "elastic"]
     command = pretrain(site, dataset, run_dir.name, "1:3", "--resize-seconds", "5")[1:]
+    command += ["--set", "max_steps=1000000"]
     with site.job(log, *submit, "--", *command) as process:
         jobs.poll("a checkpoint", saved(run_dir, EVERY), process)
         victim = site.with_worker("ray::RayTrainWorker", log, process)
@@ -192,38 +196,39 @@ def test_an_elastic_pretraining_loses_a_machine_and_gets_it_back(site, dataset, 
         note(log, f"{victim.name} is started again")
         site.repair()
         jobs.poll("three ranks", lambda: "3 ranks go on" in log.read_text(), process)
-        assert process.wait(timeout=DEADLINE_SECONDS) == 0, log.read_text()
+        drain(site, victim, log)
+        jobs.poll("two again", lambda: log.read_text().count("2 ranks go on") == 2, process)
+        site.power_off(victim, log)
+        jobs.poll("enough steps", lambda: len(rows(run_dir)) >= STEPS, process)
+        site.run(site.disk / "stop.log", "medswav", "jobs", "stop", "elastic", "--address", site.cluster.url)
+        assert process.wait(timeout=DEADLINE_SECONDS) == 130, log.read_text()
+    text = log.read_text()
+    ways, goes = (
+        re.findall(r"saved step (\d+) and make way", text),
+        re.findall(r"go on from step (\d+)", text),
+    )
+    assert len(ways) == 2 and ways == goes[1:], "only the machine that lost power cost steps"
+    assert text.count("a rank failed") == 1
+    assert max(checkpoint.list_steps(run_dir)) == len(rows(run_dir))
     assert global_batches_are_the_same(run_dir)
-    # The same samples in the same steps; sums of floats are in another order.
+    # The same samples: the first loss is that of two ranks but for the order of sums, which grows by AdamW.
     found = losses(run_dir)
     print("largest difference of a loss:", max(abs(a - b) for a, b in zip(found, undisturbed, strict=True)))
-    assert found == pytest.approx(undisturbed, abs=0.05)
-
-
-def test_ranks_save_before_a_machine_is_taken_away(site, dataset) -> None:
-    run_dir, log = site.disk / "drained", site.disk / "drained.log"
-    site.transcript.section("Elastic pretraining: a machine is about to be taken away")
-    submit = ["medswav", "submit", "--address", site.cluster.url, "--run-id", "drained"]
-    command = pretrain(site, dataset, run_dir.name, "1:3")[1:]
-    with site.job(log, *submit, "--", *command) as process:
-        jobs.poll("steps", lambda: len(rows(run_dir)) > EVERY, process)
-        leaving = site.with_worker("ray::RayTrainWorker", log, process)
-        node = next(node for name, node in site.cluster.alive() if name == leaving.name)
-        note(log, f"{leaving.name} is drained")
-        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "maintenance"]
-        drain = ["ray", "drain-node", "--address", site.cluster.address, "--node-id", node, *why]
-        site.run(site.disk / "drain.log", *drain, "--deadline-remaining-seconds", "300")
-        jobs.poll("a checkpoint", lambda: "make way" in log.read_text(), process)
-        jobs.poll("two ranks", lambda: "2 ranks go on" in log.read_text(), process)
-        site.power_off(leaving, log)
-        assert process.wait(timeout=DEADLINE_SECONDS) == 0, log.read_text()
-    text = log.read_text()
-    (saved_at,) = re.findall(r"saved step (\d+) and make way", text)
-    assert f"2 ranks go on from step {saved_at}" in text, "no step is done twice"
-    assert "a rank failed" not in text
-    losses(run_dir)
+    assert found[0] == pytest.approx(undisturbed[0], abs=1e-5)
+    assert found == pytest.approx(undisturbed, abs=0.3)
     site.run(site.disk / "jobs.log", "medswav", "jobs", "ls", "--address", site.cluster.url)
     site.repair()
+
+
+def drain(site: Site, machine: Machine, log: Path) -> None:
+    """As an autoscaler announces that a machine will be taken away."""
+    node = next(node for name, node in site.cluster.alive() if name == machine.name)
+    note(log, f"{machine.name} is drained")
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "maintenance"]
+    where = ["--address", site.cluster.address, "--node-id", node]
+    site.run(
+        site.disk / "drain.log", "ray", "drain-node", *where, *why, "--deadline-remaining-seconds", "600"
+    )
 
 
 def global_batches_are_the_same(run_dir: Path) -> bool:

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WIDTH = 160
-_NOISE = re.compile(r"cli\.py:(?!67)|Next steps|job_manager\.py|sdk\.py|Running entrypoint|^\s*\(2\) raylet")
+_NOISE = re.compile(
+    r"cli\.py:(?!67)|Next steps|job_manager\.py|sdk\.py|Running entrypoint|^\s*\(2\) raylet|^ +\["
+)
 _PROGRESS = re.compile(r"(ingest|pretrain|dedupe[^:]*): [^:]*\d+/\d+ \w+, \d+:\d\d passed")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
