@@ -5,8 +5,8 @@ counts of the preset (its `about:`), where it has any.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,12 @@ PERPLEXITY = (
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the images: their number by modality, where that is from, and a typical (H, W)."""
+    """What is known of the images: their number by modality, where that is from, a typical (H, W)."""
 
     images: Mapping[str, int]
     source: str
     shapes: Mapping[str, tuple[int, int]]
+    sizes: Mapping[str, float] = field(default_factory=dict)  # mean encoded bytes of an image
 
 
 def look_at_data(config: TrainConfig, preset: str) -> Known:
@@ -44,7 +45,7 @@ def look_at_data(config: TrainConfig, preset: str) -> Known:
     if not data.dataset:
         about = {m: n for m, n in preset_about(preset).images.items() if m in data.modalities}
         return Known(about, "published counts of the preset" if about else "not known", {})
-    images, shapes = {}, {}
+    images, shapes, sizes = {}, {}, {}
     counts = catalog.counts(data.dataset)
     split = None if data.split == "all" else data.split
     for name in data.modalities:
@@ -57,10 +58,11 @@ def look_at_data(config: TrainConfig, preset: str) -> Known:
                 "set data.modalities or data.split to what it holds"
             )
         if images[name] <= SHAPES_UP_TO:
-            table = catalog.load(data.dataset, name, ["rows", "columns"], split)
+            table = catalog.load(data.dataset, name, ["rows", "columns", "size"], split)
+            sizes[name] = fmean(table["size"].to_pylist())
             rows, columns = (int(median(table[c].to_pylist())) for c in ("rows", "columns"))
             shapes[name] = (rows, columns)
-    return Known(images, f"the dataset, split {data.split}", shapes)
+    return Known(images, f"the dataset, split {data.split}", shapes, sizes)
 
 
 def explain(config: TrainConfig, world: int, preset: str) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def _modalities(config: TrainConfig, known: Known) -> dict[str, Any]:
 
 def _order(config: TrainConfig, known: Known) -> dict[str, Any]:
     """pool: images of a modality that are shuffled with each other at a time, of all virtual ranks together;
-    steps: in which a virtual rank draws from one group of blocks."""
+    steps: in which a virtual rank draws from one group of blocks; pool_bytes: of those, encoded."""
     data, blocks = config.data, blocks_of(config.data)
     found: dict[str, Any] = {"layout": data.order.layout, "virtual_ranks": data.lanes, "modalities": {}}
     if blocks is None:
@@ -182,6 +184,7 @@ def _order(config: TrainConfig, known: Known) -> dict[str, Any]:
         found["modalities"][m] = {
             "whole": blocks.shuffle_all(n),
             "pool": min(n, lanes * blocks.window),
+            "pool_bytes": min(n, lanes * blocks.window) * known.sizes[m] if m in known.sizes else None,
             "steps": None if blocks.shuffle_all(n) else steps,
         }
     return found

@@ -104,7 +104,8 @@ def _order(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, m in order["modalities"].items():
         if not m["whole"]:
             steps = "" if m["steps"] is None else f", a virtual rank in one group for {m['steps']:,} steps"
-            yield "", f"{name}: {m['pool']:,} images mixed at a time{steps}"
+            size = "" if m["pool_bytes"] is None else f" ({_bytes_text(m['pool_bytes'])} encoded)"
+            yield "", f"{name}: {m['pool']:,} images mixed at a time{size}{steps}"
 
 
 def _labels(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -248,3 +248,18 @@ def test_every_flag_of_swav_has_a_row_and_every_setting_in_it_is_one():
     settings_there = set(flat_settings(TrainConfig().model_dump(mode="json")))
     for name in re.findall(r"`((?:data|views|model|swav|optim|checkpoint)\.\w+)", text):
         assert name in settings_there, name
+
+
+def test_the_order_of_samples_is_explained_with_what_a_node_cache_has_to_hold(root):
+    small = "data.order={block_samples: 2, group_blocks: 2}"
+    found = explain(load_config("demo", [o for o in settings(root, small) if o != "--set"]), 2, "demo")
+    order = found["order"]
+    assert (order["block_samples"], order["group_blocks"], order["virtual_ranks"]) == (2, 2, 4)
+    ct = order["modalities"]["ct"]  # 11 images, 4 in a batch: a lane of 4 steps is cut to 2
+    size = np.mean(catalog.load(root, "ct", ["size"], "train")["size"].to_pylist())
+    assert (ct["whole"], ct["pool"], ct["steps"]) == (False, 11, 2)
+    assert ct["pool_bytes"] == pytest.approx(11 * size)
+    assert "blocks of 2 neighbours, 2 of them shuffled together; 4 virtual ranks" in render(found)
+    by_key = [*settings(root), "--set", "data.order.layout=keys"]
+    found = explain(load_config("demo", [o for o in by_key if o != "--set"]), 2, "demo")
+    assert "keys: single images" in render(found)
