@@ -1,10 +1,16 @@
 """`medswav export`, `embed` and `assign`: what a pretrained encoder is good for. Thin, like cli.py."""
 
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from orchestration.model_job import Images
 
 Backbone = Annotated[
     str | None,
@@ -33,6 +39,36 @@ class FormatName(StrEnum):
 class DtypeName(StrEnum):
     float32 = "float32"
     float16 = "float16"
+
+
+def _images(
+    dataset: Annotated[Path, typer.Option(help="Dataset: folder, s3://..., gs://...")],
+    modality: Modalities = None,
+    split: SplitName = None,
+    size: Size = None,
+    batch_size: BatchSize = 64,
+    threads: Threads = 2,
+    device: Device = "auto",
+) -> "Images":
+    from orchestration.model_job import Images
+
+    return Images(dataset, modality, split, size, batch_size, threads, device)
+
+
+def _with_images(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of _images, from which its first argument is made."""
+    asked, own = inspect.signature(_images).parameters, inspect.signature(command)
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        images = _images(**{name: values.pop(name) for name in asked})
+        command(images, **values)
+
+    _, *rest = own.parameters.values()
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*asked.values(), *rest)]
+    called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    return called
 
 
 def register(app: typer.Typer) -> None:
@@ -68,17 +104,12 @@ def export(
     typer.echo(export(source, out, format_.value, channels, size, backbone, as_json))
 
 
+@_with_images
 def embed(
-    dataset: Annotated[Path, typer.Option(help="Dataset: folder, s3://..., gs://...")],
+    images: "Images",
     encoder: Annotated[Path, typer.Option(help="encoder.safetensors, or a run folder.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
-    modality: Modalities = None,
-    split: SplitName = None,
     dtype: Annotated[DtypeName, typer.Option(help="Of the features.")] = DtypeName.float32,
-    size: Size = None,
-    batch_size: BatchSize = 64,
-    threads: Threads = 2,
-    device: Device = "auto",
     backbone: Backbone = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,14 +117,14 @@ def embed(
 
     Example: medswav embed --dataset DATASET --encoder RUN/encoder.safetensors --out features.parquet
     """
-    from orchestration.model_job import Images, embed
+    from orchestration.model_job import embed
 
-    images = Images(dataset, modality, split, size, batch_size, threads, device)
     typer.echo(embed(images, encoder, out, dtype.value, backbone, as_json))
 
 
+@_with_images
 def assign(
-    dataset: Annotated[Path, typer.Option(help="Dataset: folder, s3://..., gs://...")],
+    images: "Images",
     run: Annotated[Path, typer.Option(help="Run folder: prototypes are in its checkpoints.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     sheet: Annotated[
@@ -102,12 +133,6 @@ def assign(
     ] = None,
     nearest: Annotated[int, typer.Option(min=1, max=64, help="sheet: images of a prototype.")] = 8,
     prototypes: Annotated[int, typer.Option(min=1, help="sheet: the most used ones of a modality.")] = 24,
-    modality: Modalities = None,
-    split: SplitName = None,
-    size: Size = None,
-    batch_size: BatchSize = 64,
-    threads: Threads = 2,
-    device: Device = "auto",
     backbone: Backbone = None,
     as_json: AsJson = False,
 ) -> None:
@@ -115,8 +140,7 @@ def assign(
 
     Example: medswav assign --dataset DATASET --run RUN --out assigned.parquet --sheet prototypes.html
     """
-    from orchestration.model_job import Images, Sheet, assign
+    from orchestration.model_job import Sheet, assign
 
-    images = Images(dataset, modality, split, size, batch_size, threads, device)
     page = None if sheet is None else Sheet(sheet, nearest, prototypes)
     typer.echo(assign(images, run, out, page, backbone, as_json))

@@ -111,21 +111,16 @@ def _order(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _labels(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, one in found["labels"].items():
         classes = "?" if one["classes"] is None else len(one["classes"])
-        yield (
-            "labels",
-            f"{name}: {classes} classes, kind {one['kind']}, for {', '.join(one['modalities'])}; alpha "
-            f"{one['alpha']:g}, beta {one['beta']:g}",
-        )
+        what = f"{classes} classes, kind {one['kind']}, for {', '.join(one['modalities'])}"
+        yield "labels", f"{name}: {what}; alpha {one['alpha']:g}, beta {one['beta']:g}"
 
 
 def _prototypes(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     p = found["prototypes"]
     if not p:
         return
-    yield (
-        "prototypes",
-        f"{p['of_each_group']:,} of each of {', '.join(p['groups'])}; frozen until {_when(p['frozen'])}",
-    )
+    told = f"{p['of_each_group']:,} of each of {', '.join(p['groups'])}"
+    yield "prototypes", f"{told}; frozen until {_when(p['frozen'])}"
     queued = f"{_number(p['samples_of_a_group'])} + {p['queue_of_a_group']:,}"
     yield (
         "codes",

@@ -248,7 +248,7 @@ def test_a_writer_that_fails_at_any_call_loses_nothing_and_doubles_nothing(proxy
             break
         except ConnectionError:
             monkeypatch.setattr(store.OPS, "before", lambda operation: None)
-        objects = open_store(root)  # another than the killed one; opening it costs more than its requests
+        objects = open_store(root)  # another than the killed one
         if objects.exists(NAME):
             assert verify(objects, deep=True).clean  # before the rerun too: all of a unit, or nothing
         build(objects, tmp_path / "scratch", 1)
