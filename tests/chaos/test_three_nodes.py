@@ -21,7 +21,7 @@ from shards.verify import verify
 from tests.chaos.machines import Machine, Machines, machines
 from tests.chaos.transcript import Transcript, note
 from tests.orchestration import jobs
-from tests.orchestration.test_ray_ingest import committed, contents
+from tests.orchestration.jobs import committed, contents
 from trainer import checkpoint, journal
 from trainer.batches import BatchMaker
 from trainer.config import TrainConfig

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from ingest.synthetic.build import build
+from shards.ids import create_key
 from tests.orchestration import jobs
 
 
@@ -58,6 +60,26 @@ def ray_cluster() -> Iterator[RayCluster]:
                 process.wait(timeout=5)  # then it is killed with all its descendants
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def patients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated patients below `files`, and a key; about 20 units of 4 files or one series."""
+    root = tmp_path_factory.mktemp("patients")
+    build(root / "files", patients=4, workers=2)
+    create_key(root / "key")
+    return root
+
+
+@pytest.fixture(scope="session")
+def undisturbed_ingest(
+    patients: Path, ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """jobs.contents of the dataset of `patients` when nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    given = jobs.ingest(patients, folder / "out", "--address", ray_cluster.address)
+    assert jobs.run(given, folder / "log", ray_cluster.env) == 0, (folder / "log").read_text()
+    return jobs.contents(folder / "out")
 
 
 def answers(url: str, token: str) -> bool:

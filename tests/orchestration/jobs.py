@@ -1,6 +1,7 @@
 """Commands of ours as children, found and killed by recorded pid; polling with deadlines."""
 
 import ctypes
+import hashlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,11 @@ from typing import Any
 
 import psutil
 
+from orchestration.metrics import TARGETS_FILE
+from shards.store import TEMPORARY_PREFIX
+
 BIN = Path(sys.executable).parent
+INGEST = str(BIN / "ingest")
 DEADLINE_SECONDS = 240.0
 _PR_SET_PDEATHSIG = 1
 
@@ -96,3 +101,25 @@ def kill(process: psutil.Process) -> None:
         process.kill()
     except psutil.NoSuchProcess:
         return
+
+
+def ingest(sources: Path, out: Path, *more: str) -> list[str]:
+    """The command that converts `sources`/files with `sources`/key in units of 4 files, by two workers."""
+    settings = ["--set", "unit_files=4", "--workers", "2"]
+    return [INGEST, "run", str(sources / "files"), str(out), "--key", str(sources / "key"), *settings, *more]
+
+
+def contents(root: Path) -> dict[str, str]:
+    """sha256 by name of all that a reader can see; what a killed writer was writing has a temporary name."""
+    files = [p for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(TEMPORARY_PREFIX)]
+    assert TARGETS_FILE not in {p.name for p in files}
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def committed(out: Path) -> int:
+    return len(list((out / "commits").glob("*.json")))
+
+
+def commits_in(found: dict[str, str]) -> int:
+    """Of what `contents` gave."""
+    return len([name for name in found if name.startswith("commits/")])

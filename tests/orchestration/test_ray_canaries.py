@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration.cli import ingest_main
 from orchestration.metrics import TARGETS_FILE
 from shards.ids import create_key
 from tests.orchestration import jobs
@@ -66,7 +67,9 @@ def scraped(out: Path) -> bytes:
         return b""
 
 
-def test_a_run_with_killed_workers_and_vanished_files_leaves_no_identity(root, ray_cluster, tmp_path):
+def test_a_run_with_killed_workers_and_vanished_files_leaves_no_identity(
+    root, ray_cluster, tmp_path, capfdbinary
+):
     source, out, log = root / "source", tmp_path / "out", tmp_path / "log"
     given = [INGEST, "run", str(source), str(out), "--key", str(root / "key"), "--workers", "1", "--verbose"]
     given += ["--set", "unit_files=1", "--address", ray_cluster.address]
@@ -94,10 +97,10 @@ def test_a_run_with_killed_workers_and_vanished_files_leaves_no_identity(root, r
         ["plan", str(source)],
         ["report", str(out), "--out", str(tmp_path / "page.html")],
     ):
-        told = tmp_path / "told"
-        told.unlink(missing_ok=True)
-        assert jobs.run([INGEST, *command], told, ray_cluster.env) == 0, (command, told.read_text())
-        streams.append(told.read_bytes())
+        code = ingest_main(command)
+        told = capfdbinary.readouterr()
+        assert code == 0, (command, told)
+        streams += told
     streams.append((tmp_path / "page.html").read_bytes())
     for stream in streams:
         assert not found_in(stream), stream.decode(errors="replace")[:2000]

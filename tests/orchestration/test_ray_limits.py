@@ -10,7 +10,7 @@ from orchestration.cli import ingest_main
 from shards.ids import create_key
 from tests.ingest.files import grey, write
 from tests.orchestration import jobs
-from tests.orchestration.test_ray_ingest import INGEST, contents
+from tests.orchestration.jobs import INGEST, contents
 
 pytestmark = pytest.mark.ray
 FILES, RATE = 12, 1_000_000

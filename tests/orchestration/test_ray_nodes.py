@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from ingest.synthetic.build import build
 from orchestration.metrics import TARGETS_FILE
-from shards.ids import create_key
 from shards.store import Store
 from shards.verify import verify
 from tests.orchestration import jobs
 from tests.orchestration.conftest import free_ports
-from tests.orchestration.test_ray_ingest import command, committed, contents
+from tests.orchestration.jobs import committed, contents
 
 pytestmark = pytest.mark.ray
 # A dead node is noticed after about a second instead of thirteen.
@@ -67,44 +66,39 @@ def nodes() -> Iterator[Nodes]:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(jobs.child(start("head", 0, *head), folder / "head.log", env))
-            jobs.poll("head", lambda: alive(address, folder, env) >= 1)
+            jobs.poll("head", lambda: listens(port))
             workers: list[subprocess.Popen] = []
             for number in (1, 2):  # one after the other: two that start at once choose the same ports
                 given = start(f"worker-{number}", 1, f"--address={address}")
                 worker = stack.enter_context(jobs.child(given, folder / f"{number}.log", env))
-                jobs.poll("node", lambda more=number + 1: alive(address, folder, env) >= more, worker)
+                wait_for_nodes(number + 1, address, folder, env)
                 workers.append(worker)
             yield Nodes(address, env, workers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def alive(address: str, folder: Path, env: dict[str, str]) -> int:
-    """Nodes that the head knows to be alive; 0 where it does not answer yet."""
-    log = folder / "count"
-    log.unlink(missing_ok=True)
-    count = (
-        "import ray; ray.init(address='auto', _node_ip_address='127.0.0.1', log_to_driver=False); "
-        "print('nodes', sum(n['Alive'] for n in ray.nodes()))"
+def wait_for_nodes(count: int, address: str, folder: Path, env: dict[str, str]) -> None:
+    """Until the head knows of so many that are alive: in one process, whose start costs seconds."""
+    code = (
+        "import ray, sys, time; ray.init(address='auto', _node_ip_address='127.0.0.1', log_to_driver=False)\n"
+        "while sum(node['Alive'] for node in ray.nodes()) < int(sys.argv[1]): time.sleep(0.1)"
     )
-    python = str(jobs.BIN / "python")
-    if jobs.run([python, "-c", count], log, env | {"RAY_ADDRESS": address}) != 0:
-        return 0
-    return int(log.read_text().rpartition("nodes ")[2])
+    log = folder / "wait.log"
+    waiting = [str(jobs.BIN / "python"), "-c", code, str(count)]
+    assert jobs.run(waiting, log, env | {"RAY_ADDRESS": address}) == 0, log.read_text()
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sources")
-    build(root / "files", patients=4, workers=2)
-    create_key(root / "key")
-    return root
+def listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_node_killed_in_the_middle_changes_nothing(nodes: Nodes, sources: Path, tmp_path: Path) -> None:
-    undisturbed, out, log = tmp_path / "undisturbed", tmp_path / "out", tmp_path / "log"
-    assert jobs.run(command(sources, undisturbed), log, jobs.environment()) == 0, log.read_text()
-    given = command(sources, out, "--address", nodes.address)
+def test_a_node_killed_in_the_middle_changes_nothing(
+    nodes: Nodes, patients: Path, undisturbed_ingest: dict[str, str], tmp_path: Path
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    given = jobs.ingest(patients, out, "--address", nodes.address)
     with jobs.child(given, log, nodes.env) as process:
         jobs.poll("first commits", lambda: committed(out) >= 2, process)
         victim = nodes.workers[1]
@@ -112,8 +106,8 @@ def test_a_node_killed_in_the_middle_changes_nothing(nodes: Nodes, sources: Path
         for one in jobs.descendants(victim.pid):
             jobs.kill(one)
         victim.kill()
-        assert committed(out) < committed(undisturbed), "it was killed in the middle"
+        assert committed(out) < jobs.commits_in(undisturbed_ingest), "it was killed in the middle"
         assert process.wait(timeout=jobs.DEADLINE_SECONDS) == 0, log.read_text()
-    assert contents(out) == contents(undisturbed)
+    assert contents(out) == undisturbed_ingest
     assert verify(Store(out), deep=True).clean
     assert not (out / TARGETS_FILE).exists()
