@@ -30,11 +30,12 @@ from shards.ids import digest
 from shards.store import file_sha256
 from trainer import files, journal
 from trainer.config import TrainConfig
-from trainer.downstream.compare import markdown, summarise
+from trainer.downstream.compare import less, markdown, summarise
 
 SCORES_VERSION = "2"
 POLL_SECONDS = 0.5
 THIRDS = 3
+RANDOM = "random"  # the arm that the others are compared with, where a plan has it
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
@@ -281,6 +282,10 @@ def write_results(
         on = "a third of the patients of train, another each seed" if tune else "test"
         lines += [f"AUC on {on}, {fraction:.0%} of the labels; mean (range) of {len(plan.seeds)} seeds", ""]
         lines += [markdown(summary, arms, fraction, len(plan.seeds)), ""]
+        if len(arms) > 1 and RANDOM in arms:
+            others, gains = [arm for arm in arms if arm != RANDOM], summarise(less(rows, RANDOM))
+            lines += ["Less the network as initialised, on the same images of each seed:", ""]
+            lines += [markdown(gains, others, fraction, len(plan.seeds), sign="+"), ""]
     lines += [f"{name}: {text}" for name, text in trained.items()]
     text = "\n".join(lines)
     files.replace_file(out / "results.md", (text + "\n").encode())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.downstream.compare import LEAST, draw_labels, judge, markdown, summarise
+from trainer.downstream.compare import LEAST, draw_labels, judge, less, markdown, summarise
 
 N = 240
 
@@ -56,6 +56,16 @@ def test_the_spread_of_a_modality_is_that_of_the_seeds_means_over_its_tasks():
     found = {(one["modality"], one["task"]): one["arms"]["swav"] for one in summary}
     assert found["mr", "mean"] == pytest.approx({"mean": 0.7, "min": 0.7, "max": 0.7, "n": 2})
     assert found["us", "us-a"] == pytest.approx({"mean": 0.7, "min": 0.5, "max": 0.9, "n": 2})
+
+
+def test_gains_over_an_arm_are_taken_seed_by_seed_on_the_same_images():
+    both = [*rows("swav", {"mr-a": [0.7, 0.9]}), *rows("random", {"mr-a": [0.6, 0.85]})]
+    unmatched = rows("swav", {"us-a": [0.9]})
+    gains = less([*both, *unmatched], "random")
+    assert [(r["arm"], r["task"], r["seed"]) for r in gains] == [("swav", "mr-a", 0), ("swav", "mr-a", 1)]
+    assert markdown(summarise(gains), ["swav"], 1.0, 2, sign="+").splitlines()[2:] == [
+        "| mr-a | +0.075 (+0.050 to +0.100) |"
+    ]
 
 
 def test_the_table_has_a_row_a_task_a_mean_of_several_and_a_dash_for_what_is_missing():

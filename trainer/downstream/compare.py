@@ -78,13 +78,23 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def less(rows: Sequence[Row], arm: str) -> list[Row]:
+    """Rows of the other arms, less those of `arm` with the same seed, task and fraction: the auc is a
+    difference. Of a seed both were judged on the same images, so it varies less than what it is made of."""
+    reference = {(r["seed"], r["task"], r["fraction"]): r["auc"] for r in rows if r["arm"] == arm}
+    pairs = [(r, reference.get((r["seed"], r["task"], r["fraction"]))) for r in rows if r["arm"] != arm]
+    return [{**row, "auc": row["auc"] - other} for row, other in pairs if other is not None]
+
+
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def markdown(summary: Sequence[Mapping[str, Any]], arms: Sequence[str], fraction: float, seeds: int) -> str:
+def markdown(
+    summary: Sequence[Mapping[str, Any]], arms: Sequence[str], fraction: float, seeds: int, sign: str = ""
+) -> str:
     """A table of one fraction: a row a modality and task, a column an arm; mean (min to max) over the seeds,
-    and of how many, where that is not all of `seeds`."""
+    and of how many, where that is not all of `seeds`. sign: "+" for differences."""
     lines = [f"| | {' | '.join(arms)} |", f"|---|{'---|' * len(arms)}"]
     chosen = [one for one in summary if one["fraction"] == fraction]
     of_modality: dict[str, list[Mapping[str, Any]]] = {}
@@ -95,14 +105,15 @@ def markdown(summary: Sequence[Mapping[str, Any]], arms: Sequence[str], fraction
         mean = [one for one in members if one["task"] == "mean"]
         for one in [*tasks, *(mean if len(tasks) > 1 else [])]:
             name = f"**{modality}, mean**" if one["task"] == "mean" else one["task"]
-            cells = [_cell(one["arms"].get(arm), seeds) for arm in arms]
+            cells = [_cell(one["arms"].get(arm), seeds, sign) for arm in arms]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(spread: Mapping[str, float] | None, seeds: int) -> str:
+def _cell(spread: Mapping[str, float] | None, seeds: int, sign: str) -> str:
     if spread is None:
         return "-"
-    parts = [] if spread["min"] == spread["max"] else [f"{spread['min']:.3f} to {spread['max']:.3f}"]
+    mean, low, high = (format(spread[name], f"{sign}.3f") for name in ("mean", "min", "max"))
+    parts = [] if spread["min"] == spread["max"] else [f"{low} to {high}"]
     parts += [] if spread["n"] == seeds else [f"{spread['n']} of {seeds} seeds"]
-    return f"{spread['mean']:.3f}" + (f" ({', '.join(parts)})" if parts else "")
+    return mean + (f" ({', '.join(parts)})" if parts else "")
