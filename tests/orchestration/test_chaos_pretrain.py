@@ -2,7 +2,8 @@
 
 Three raylets are three nodes (a head without CPUs, with the driver; one rank on each of the others). Every
 loss of the disturbed run is compared (==) with that of a run to which nothing happened, so the 50 steps after
-each kill are. `MEDSWAV_CHAOS_SEED` draws other steps; `pytest -m chaos -rP` prints what happened.
+each kill are. `MEDSWAV_CHAOS_SEED` draws other steps, `MEDSWAV_CHAOS_EACH` is
+the number of kills of each kind; `pytest -m chaos -rP` prints what happened.
 """
 
 import contextlib
@@ -26,8 +27,9 @@ from tests.orchestration.test_ray_nodes import start
 from trainer import attempts, checkpoint, journal
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(3000)]
-KINDS, EACH = ("rank", "actor", "driver", "node"), 5
-STEPS, AFTER, GAP, EVERY = 420, 50, 12, 5
+KINDS, EACH = ("rank", "actor", "driver", "node"), int(os.environ.get("MEDSWAV_CHAOS_EACH", "5"))
+AFTER, GAP, EVERY = 50, 12, 5
+STEPS = 100 + 16 * EACH * len(KINDS)
 TITLES = {"rank": "ray::RayTrainWorker", "actor": "ray::Augmenter"}
 # A dead node is noticed after some five seconds, and one that is merely slow is not called dead.
 HEALTH_CHECKS = {
@@ -37,6 +39,11 @@ HEALTH_CHECKS = {
     "RAY_health_check_failure_threshold": "4",
 }
 LEAN = "--include-log-monitor=false"
+# `ray start`, which gives its raylet 30 s to register: here they are 300, for a machine that is busy.
+PATIENT = (
+    "import time, types, ray._private.node as node; from ray.scripts.scripts import main; "
+    "node.time = types.SimpleNamespace(**vars(time) | {'monotonic': lambda: time.monotonic() / 10}); main()"
+)
 CPUS = 3  # of a node: one rank, with its augmentation actor, and no second
 
 
@@ -51,7 +58,8 @@ class Cluster:
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN_PATH=str(token),
             TMPDIR=str(folder),
-            RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="120",
+            RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="600",
+            RAY_worker_register_timeout_seconds="300",
             **HEALTH_CHECKS,
         )
         self._folder, self._stack, self._started = folder, stack, 0
@@ -76,7 +84,7 @@ class Cluster:
     def _start(self, command: Callable[[], list[str]]) -> subprocess.Popen:
         """A process of Ray, once it says that it runs; tried again if it ends before, because Ray gives up
         after 30 s. One after the other: two that start at once choose the same ports."""
-        for _ in range(20):
+        for _ in range(5):
             self._started += 1
             child = self._try(command(), self._folder / f"{self._started}.log")
             if child is not None:
@@ -84,7 +92,9 @@ class Cluster:
         raise AssertionError(f"no Ray starts: {self._folder / str(self._started)}.log")
 
     def _try(self, command: list[str], log: Path) -> subprocess.Popen | None:
-        child = self._stack.enter_context(jobs.child(command, log, self.env))
+        child = self._stack.enter_context(
+            jobs.child([str(jobs.BIN / "python"), "-c", PATIENT, *command[1:]], log, self.env)
+        )
         jobs.poll(str(log), lambda: child.poll() is not None or "block forever" in log.read_text())
         return child if child.poll() is None else None
 
