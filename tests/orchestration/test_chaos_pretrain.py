@@ -39,11 +39,6 @@ HEALTH_CHECKS = {
     "RAY_health_check_failure_threshold": "4",
 }
 LEAN = "--include-log-monitor=false"
-# `ray start`, which gives its raylet 30 s to register: here they are 300, for a machine that is busy.
-PATIENT = (
-    "import time, types, ray._private.node as node; from ray.scripts.scripts import main; "
-    "node.time = types.SimpleNamespace(**vars(time) | {'monotonic': lambda: time.monotonic() / 10}); main()"
-)
 CPUS = 3  # of a node: one rank, with its augmentation actor, and no second
 
 
@@ -82,9 +77,9 @@ class Cluster:
         self.nodes.append(node)
 
     def _start(self, command: Callable[[], list[str]]) -> subprocess.Popen:
-        """A process of Ray, once it says that it runs; tried again if it ends before, because Ray gives up
-        after 30 s. One after the other: two that start at once choose the same ports."""
-        for _ in range(5):
+        """A process of Ray, once it says that it runs; tried again if it ends before: on a busy machine
+        Ray gives up after 15 to 30 s. One after the other: two that start at once choose the same ports."""
+        for _ in range(20):
             self._started += 1
             child = self._try(command(), self._folder / f"{self._started}.log")
             if child is not None:
@@ -92,9 +87,7 @@ class Cluster:
         raise AssertionError(f"no Ray starts: {self._folder / str(self._started)}.log")
 
     def _try(self, command: list[str], log: Path) -> subprocess.Popen | None:
-        child = self._stack.enter_context(
-            jobs.child([str(jobs.BIN / "python"), "-c", PATIENT, *command[1:]], log, self.env)
-        )
+        child = self._stack.enter_context(jobs.child(command, log, self.env))
         jobs.poll(str(log), lambda: child.poll() is not None or "block forever" in log.read_text())
         return child if child.poll() is None else None
 
