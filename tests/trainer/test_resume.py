@@ -91,7 +91,7 @@ def test_one_of_two_ranks_killed_and_the_job_goes_on_exactly(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "tests.trainer.driver", str(tmp_path / "killed"), "8", "1"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200, check=False).returncode != 0
-    assert checkpoint.list_steps(tmp_path / "killed") == [3, 6]
+    assert checkpoint.list_steps(tmp_path / "killed") in ([3], [3, 6])  # 6: it may be in the making
     run_ranks(_rank, 2, str(tmp_path / "killed"), 1000)
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     assert encoder_bytes(tmp_path / "killed") == encoder_bytes(tmp_path / "straight")
