@@ -29,43 +29,52 @@ def large(offset: int) -> Callable[[int], Batch]:
     return make
 
 
-def read(feed: Feed, steps: Iterator[int], enough: Callable[[int], bool]) -> None:
-    """Check batches until it is enough; `enough` gets their number."""
-    for number in count():
-        if enough(number):
-            return
-        step = next(steps)
+def read(feed: Feed, steps: Iterator[int], number: int) -> None:
+    """So many batches, each of which has to be the right one."""
+    for step in (next(steps) for _ in range(number)):
         batch = feed(step)
         assert batch.step == step and (batch.crops[0] == step % 251).all()
 
 
+def read_until(
+    feed: Feed, steps: Iterator[int], elsewhere: int, node: subprocess.Popen | None = None
+) -> None:
+    """Batches, with pauses, until so many actors of the other node are at work."""
+
+    def reached() -> bool:
+        read(feed, steps, 1)
+        return feed.overflowing == elsewhere
+
+    jobs.poll(f"{elsewhere} actors elsewhere", reached, node)
+
+
 def kill_an_actor(feed: Feed, steps: Iterator[int], node: subprocess.Popen) -> None:
     (actor,) = jobs.workers(node.pid, "ray::Augmenter")
-    read(feed, steps, lambda number: number == 10)
+    read(feed, steps, 10)
     jobs.kill(actor)
-    read(feed, steps, lambda _: feed.overflowing == 0)
-    read(feed, steps, lambda _: feed.overflowing == 1)  # another one in its place
+    read_until(feed, steps, 0, node)
+    read_until(feed, steps, 1, node)  # another one in its place
 
 
 def kill_the_node(feed: Feed, steps: Iterator[int], node: subprocess.Popen) -> None:
     for descendant in jobs.descendants(node.pid):
         jobs.kill(descendant)
     node.kill()
-    read(feed, steps, lambda _: feed.overflowing == 0)
-    read(feed, steps, lambda number: number == 50)
+    read_until(feed, steps, 0)
+    read(feed, steps, 50)
 
 
 def main(address: str, victim: str, folder: Path) -> None:
     with connected(address), Feed(large, (0,), Feeders(1, 1, overflow=1), stop=10**6) as feed:
         steps = count()
-        read(feed, steps, lambda number: number == 3)  # before the other node is there
+        read(feed, steps, 3)  # before the other node is there
         names = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
         names += ("metrics-export-port", "runtime-env-agent-port")
         ports = [f"--{name}={port}" for name, port in zip(names, free_ports(len(names)), strict=True)]
         given = [str(jobs.BIN / "ray"), "start", "--block", f"--address={address}", "--num-cpus=1"]
         given += ["--node-ip-address=127.0.0.1", f"--object-store-memory={100 * 2**20}", *ports]
         with jobs.child([*given, "--disable-usage-stats"], folder / "node.log", dict(os.environ)) as node:
-            read(feed, steps, lambda _: feed.overflowing == 1)  # it joins when it runs
+            read_until(feed, steps, 1, node)  # it joins when it runs
             {"actor": kill_an_actor, "node": kill_the_node}[victim](feed, steps, node)
         print(f"{next(steps)} batches were right")
 
