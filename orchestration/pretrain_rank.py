@@ -97,7 +97,7 @@ class Control:
             if group == self._group:  # by another command; ranks of before, by those that took their place
                 self._state.user_error = text
         elif kind == "failure":
-            if self._outcome != "leave":
+            if self._outcome not in ("leave", "wait"):
                 self._state.failures += 1
                 self._state.error = self._state.error or value
         elif kind == "result":
@@ -223,6 +223,9 @@ def _make_way(control: Any) -> None:
     import ray
 
     while (outcome := ray.get(control.outcome.remote())) == "wait":
+        if preempted():  # then Ray Train changes no number any more: it waits for these ranks to end
+            outcome = "leave"
+            break
         time.sleep(PAUSE_SECONDS)  # Ray Train ends this rank
     if outcome == "leave":
         raise LeavingError("a node is about to be taken away")
