@@ -19,6 +19,7 @@ import cv2
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from orchestration.bench import Figure, figure, take_turns
 from orchestration.bench_images import made_up, write_dataset
@@ -53,6 +54,8 @@ def measure(
     torch.set_num_threads(1)
     try:
         with ExitStack() as stack:
+            # Threads of BLAS that the naive side wakes spin for a while, in the time of the next turn.
+            stack.enter_context(threadpool_limits(1))
             for modality, side in (sides or SIDES).items():
                 root = Path(stack.enter_context(TemporaryDirectory(prefix="medswav-bench-")))
                 write_dataset(root / "d", root / "s", images, side, min(images, 4), modality)
