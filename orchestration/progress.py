@@ -83,7 +83,7 @@ class Progress:
         if self._live is not None:
             self._live.update(self._task, completed=done, eta=format_seconds(left), note=note)
             return
-        if now - self._printed >= self._interval or done >= self.total > 0:
+        if now - self._printed >= self._interval or done == self.total > 0:
             self._printed = now
             print(self._line(done, elapsed, left, note), file=self._stream, flush=True)
 

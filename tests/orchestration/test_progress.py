@@ -38,6 +38,15 @@ def test_plain_lines_are_rare_but_the_last_one_always_comes():
     assert line.startswith("ingest: 100/100")
 
 
+def test_more_than_was_expected_does_not_print_a_line_each():
+    stream = io.StringIO()
+    with Progress("simulate", 5, "steps", stream=stream, interval=3600) as progress:
+        for done in range(20):
+            progress.update(done)
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("simulate: 5/5")
+
+
 def test_an_unknown_total_shows_counts_alone():
     stream = io.StringIO()
     with Progress("looking", 0, "files", stream=stream, interval=0) as progress:
