@@ -14,4 +14,5 @@ def test_what_is_lost_on_another_node_is_made_here(victim: str, ray_cluster, tmp
     command = [str(jobs.BIN / "python"), "-m", "tests.orchestration.overflow", ray_cluster.address, victim]
     log = tmp_path / "log"
     assert jobs.run([*command, str(tmp_path)], log, ray_cluster.env) == 0, log.read_text()
-    assert log.read_text().strip().endswith("batches were right")
+    # Ray's own lines about the dead node may follow
+    assert any(line.endswith("batches were right") for line in log.read_text().splitlines())
