@@ -66,7 +66,9 @@ def write_dataset(
     open_or_create(store, DatasetInfo("htj2k", digest("bench"), "bench", modalities=(modality,)))
     for shard in range(shards):
         unit = digest("bench-unit", str(shard))
-        samples = [_sample(unit, i, side, modality) for i in range(shard, count, shards)]
+        samples = [
+            sample_of(unit, i, modality, made_up(modality, i, side)) for i in range(shard, count, shards)
+        ]
         commit_unit(store, unit, samples, [], scratch, len(samples))
 
 
@@ -75,9 +77,10 @@ def made_up(modality: str, index: int, side: int) -> NDArray:
     return ct_slice(index, side) if modality == "ct" else radiograph(index, side)
 
 
-def _sample(unit: str, index: int, side: int, modality: str) -> EncodedSample:
-    pixels = made_up(modality, index, side)
-    key = digest("bench-sample", str(index))
+def sample_of(unit: str, index: int, modality: str, pixels: NDArray) -> EncodedSample:
+    """The `index`-th sample of a unit of generated images, in the training split, codec htj2k."""
+    rows, columns = pixels.shape
+    key = digest("bench-sample", modality, str(index))
     row: Row = {
         "key": key,
         "source": key,
@@ -88,11 +91,11 @@ def _sample(unit: str, index: int, side: int, modality: str) -> EncodedSample:
         "patient": digest("bench-patient", str(index // 8)),
         "frame": 0,
         "codec": "htj2k",
-        "rows": side,
-        "columns": side,
+        "rows": rows,
+        "columns": columns,
         "dtype": pixels.dtype.name,
-        "original_rows": side,
-        "original_columns": side,
+        "original_rows": rows,
+        "original_columns": columns,
         "pixel_digest": pixel_digest(pixels),
         "inverted": False,
         "was_color": False,

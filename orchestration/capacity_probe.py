@@ -20,16 +20,13 @@ from ingest.convert import dataset_info, run_unit
 from ingest.discover import inventory
 from ingest.plan import make_units
 from ingest.sandbox import ProcessReader
-from orchestration.bench_images import ct_slice
+from orchestration.bench_images import ct_slice, sample_of
 from orchestration.bench_ingest import write_slices
 from orchestration.capacity_rates import Figure
 from shards import catalog
-from shards.codec import get_codec
-from shards.commit import EncodedSample, commit_unit
+from shards.commit import commit_unit
 from shards.dataset import DatasetInfo, open_or_create
 from shards.ids import Pseudonymizer, digest
-from shards.schema import Row
-from shards.stats import pixel_digest, pixel_statistics
 from shards.store import Store
 from trainer.augment.bands import BandStatistics
 from trainer.batches import NEEDED_COLUMNS, BatchMaker, fit_bands
@@ -135,7 +132,7 @@ def _generate(root: Path, scratch: Path, modalities: tuple[str, ...]) -> None:
     open_or_create(store, DatasetInfo("htj2k", digest("capacity"), "capacity", modalities=modalities))
     for modality in modalities:
         unit = digest("capacity", modality)
-        samples = [_sample(unit, modality, n) for n in range(IMAGES)]
+        samples = [sample_of(unit, n, modality, _pixels(modality, n)) for n in range(IMAGES)]
         commit_unit(store, unit, samples, [], scratch, len(samples))
 
 
@@ -146,33 +143,3 @@ def _pixels(modality: str, number: int) -> NDArray:
         return hu
     unit = (hu.astype(np.float32) + 1024) / 4095
     return (unit * 255).astype(np.uint8) if modality == "us" else (unit * 4095).astype(np.uint16)
-
-
-def _sample(unit: str, modality: str, number: int) -> EncodedSample:
-    pixels = _pixels(modality, number)
-    key = digest("capacity", modality, str(number))
-    row: Row = {
-        "key": key,
-        "source": key,
-        "unit": unit,
-        "kind": "dicom",
-        "modality": modality,
-        "split": "train",
-        "patient": digest("capacity", str(number)),
-        "frame": 0,
-        "codec": "htj2k",
-        "rows": pixels.shape[0],
-        "columns": pixels.shape[1],
-        "dtype": pixels.dtype.name,
-        "original_rows": pixels.shape[0],
-        "original_columns": pixels.shape[1],
-        "pixel_digest": pixel_digest(pixels),
-        "inverted": False,
-        "was_color": False,
-        "lossy_source": False,
-        "window_center": 40.0 if modality == "ct" else None,
-        "window_width": 400.0 if modality == "ct" else None,
-        "window_function": "LINEAR" if modality == "ct" else None,
-        **pixel_statistics(pixels),
-    }
-    return EncodedSample(row, get_codec("htj2k").encode(pixels))
