@@ -182,6 +182,11 @@ class ShardReader:
         self._handles: OrderedDict[tuple[str, str], _Handle] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def remote(self) -> bool:
+        """Whether each read is a request to an object store."""
+        return self._objects is not None
+
     def read(self, modality: str, shard: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of a shard.
 
