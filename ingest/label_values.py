@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ingest import nifti_masks, run_lengths
 from shards.errors import UserError
 from shards.schema import Row
 
@@ -38,7 +39,7 @@ def parser(
     """A function of a table's row: its value, None where it says nothing. Raises UserError for columns.
 
     classes: text. multi: list of text. boxes: list of (x0, y0, x1, y1, label), in pixels of the source image.
-    masks: name of the file.
+    masks: name of the file (PNG, NIfTI), or run lengths.
     """
     if kind not in KINDS:
         raise UserError(f"labels are of kind {', '.join(KINDS)}, not {kind!r}")
@@ -95,6 +96,30 @@ def placed_box(box: tuple, sample: Row) -> dict[str, Any] | None:
     return {"x0": xs[0], "y0": ys[0], "x1": xs[1], "y1": ys[1], "label": label or None}
 
 
+class Masks:
+    """The masks of a table, whose files lie below `folder`; the last NIfTI volume is kept, since it has the
+    planes of many images."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._volume: tuple[str, nifti_masks.NiftiMask | None] = ("", None)
+
+    def placed(self, cell: str, sample: Row) -> bytes | None:
+        """A PNG of the size of the stored image; None where the cell is no mask of the source image."""
+        if cell.lower().endswith(nifti_masks.SUFFIXES):
+            if self._volume[0] != cell:
+                self._volume = (cell, nifti_masks.read(self._folder / cell))
+            volume = self._volume[1]
+            cut = None if volume is None else nifti_masks.plane(volume, sample)
+            return None if cut is None else _png(cut)
+        if sample["kind"] == "nifti":  # its slices are turned: only geometry can tell how
+            return None
+        mask = run_lengths.decode(cell)
+        if mask is None:
+            mask = read_mask(self._folder / cell)
+        return None if mask is None else placed_mask(mask, sample)
+
+
 def read_mask(path: Path) -> NDArray | None:
     """[rows, columns] of uint8 or uint16 of a grey PNG, its size checked first; None where it is none."""
     try:
@@ -123,4 +148,8 @@ def placed_mask(mask: NDArray, sample: Row) -> bytes | None:
         mask = cv2.resize(mask, stored[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     if mask.shape != stored:
         return None
+    return _png(mask)
+
+
+def _png(mask: NDArray) -> bytes:
     return bytes(cv2.imencode(".png", np.ascontiguousarray(mask))[1])

@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ingest.label_values import FIELDS, PLACE_COLUMNS, Parse, parser, placed_box, placed_mask, read_mask
+from ingest import nifti_masks
+from ingest.label_values import FIELDS, PLACE_COLUMNS, Masks, Parse, parser, placed_box
 from ingest.tables import read_rows
 from shards import catalog
 from shards.errors import UserError
@@ -51,12 +52,13 @@ def join_labels(
     FIELDS there. The table joins by its column key, file (paths relative to the CSV), SOPInstanceUID,
     SeriesInstanceUID, StudyInstanceUID, AccessionNumber or PatientID (`by` chooses where there are several);
     a column `frame` (0-based) chooses one image of a file. `sources`: those of the ingest run, needed by file
-    where the CSV lies above a source. Boxes and masks follow the crop or reduction of their image; they are
-    not joined to NIfTI slices, which are turned. of: "images", or "volumes": a volume has the value of any of
-    its slices (classes and multi only). Where kind multi has several columns, `unknown` lists those that are
-    empty in a row with other cells. In the metadata of the returned table: `unmatched`, rows
-    without a value or without a sample; `misplaced`, boxes outside the stored image and masks that are no
-    grey PNG of the size of the source image; `repeated`, rows of an image that had one before.
+    where the CSV lies above a source. Boxes and masks follow the crop or reduction of their image; to NIfTI
+    slices, which are turned, only the planes of a NIfTI mask are joined. of: "images", or "volumes": a volume
+    has the value of any of its slices (classes and multi only). Where kind multi has several columns,
+    `unknown` lists those that are empty in a row with other cells. In the metadata of the returned table:
+    `unmatched`, rows without a value or without a sample; `misplaced`, boxes outside the stored image and
+    masks that are no grey PNG, run lengths or NIfTI plane of the source image; `repeated`, rows of an image
+    that had one before.
     Raises UserError for a table that cannot be used, matches nothing, or names a file that two inputs have,
     and for a name that labels of the other kind of sample have.
     """
@@ -65,6 +67,7 @@ def join_labels(
     _check_of(of, kind, columns)
     catalog_column, pseudonym = _JOINS[join.lower()]
     wanted = {"key", "source", "frame", "kind", "volume", catalog_column, *PLACE_COLUMNS}
+    wanted |= set(nifti_masks.GEOMETRY_COLUMNS) if kind == "masks" else set()
     samples = {sample["key"]: sample for sample in catalog.load(root, columns=sorted(wanted)).to_pylist()}
     _check_name(root, name, of, samples)
     keys: dict[str, dict[str, None]] = {}  # of what is labelled, each once and in order
@@ -72,7 +75,7 @@ def join_labels(
     several = Counter((sample["source"], sample["frame"]) for sample in samples.values())
     unclear = {source for (source, _), number in several.items() if number > 1}
     for sample in samples.values():
-        placeable = kind not in _PLACED or sample["kind"] != "nifti"
+        placeable = kind != "boxes" or sample["kind"] != "nifti"
         labelled = sample["volume"] if of == "volumes" else sample["key"]
         if sample[catalog_column] is not None and labelled is not None and placeable:
             keys.setdefault(sample[catalog_column], {})[labelled] = None
@@ -163,7 +166,7 @@ class _Found:
     """The values of the samples so far. classes and masks: the last row counts; others are gathered."""
 
     def __init__(self, kind: str, folder: Path, samples: dict[str, Row]) -> None:
-        self.kind, self.folder, self.samples = kind, folder, samples
+        self.kind, self.masks, self.samples = kind, Masks(folder), samples
         self.values: dict[str, Any] = {}
         self.splits: dict[str, str] = {}
         self.unknown: dict[
@@ -182,8 +185,7 @@ class _Found:
             self.misplaced += boxes.count(None)
             self.values.setdefault(key, []).extend(box for box in boxes if box is not None)
         elif self.kind == "masks":
-            mask = read_mask(self.folder / value)
-            placed = None if mask is None else placed_mask(mask, self.samples[key])
+            placed = self.masks.placed(value, self.samples[key])
             if placed is None:
                 self.misplaced += 1
                 return
