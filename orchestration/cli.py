@@ -11,7 +11,15 @@ from typing import Annotated
 
 import typer
 
-from orchestration import cli_capacity, cli_checkpoints, cli_ingest, cli_jobs, cli_model, cli_presets
+from orchestration import (
+    cli_capacity,
+    cli_checkpoints,
+    cli_finetune,
+    cli_ingest,
+    cli_jobs,
+    cli_model,
+    cli_presets,
+)
 from orchestration.cluster import JobFailedError
 from shards.errors import UserError
 from shards.objects import location
@@ -178,6 +186,7 @@ def probe(
 
 
 cli_model.register(app)  # export, embed, assign
+cli_finetune.register(app)
 cli_capacity.register(app)  # capacity, simulate
 
 

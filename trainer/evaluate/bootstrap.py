@@ -1,6 +1,6 @@
 """Confidence intervals by patient: images of one patient are alike, so patients are drawn, not images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,16 +34,26 @@ def patient_interval(
     drawn; nan where it is not defined. patients: [n], the patient of each sample. Draws depend on the seed,
     the names of the patients and their samples' order. low and high are nan where no draw gave a number.
     """
+    found = [metric(drawn) for drawn in patient_draws(patients, draws=draws, seed=seed)]
+    return interval(metric(np.arange(len(patients))), found, level)
+
+
+def patient_draws(patients: NDArray[np.str_], *, draws: int = 1000, seed: int = 0) -> Iterator[Indices]:
+    """The samples of each draw: as many patients as there are, with replacement, and all samples of each.
+    Models that are judged on the same samples get the same draws, so that they can be compared draw by
+    draw."""
     order, starts, counts = _by_patient(patients)
     random = np.random.default_rng(seed)
-    found = []
     for _ in range(draws):
         drawn = random.integers(len(starts), size=len(starts))
-        value = metric(order[_ranges(starts[drawn], counts[drawn])])
-        if not np.isnan(value):
-            found.append(value)
-    value = metric(np.arange(len(patients)))
-    if not found:
+        yield order[_ranges(starts[drawn], counts[drawn])]
+
+
+def interval(value: float, drawn: Sequence[float], level: float = 0.95) -> Interval:
+    """From the values of the draws; nan are left out."""
+    found = np.asarray(drawn, np.float64)
+    found = found[~np.isnan(found)]
+    if not len(found):
         return Interval(value, float("nan"), float("nan"), 0)
     tail = (1 - level) / 2
     low, high = np.quantile(found, [tail, 1 - tail])
