@@ -1,8 +1,10 @@
 """Reading a dataset: the committed rows, whatever the order in which their units were committed."""
 
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,10 +18,11 @@ from shards.errors import UserError
 from shards.ids import digest
 from shards.objects import open_store
 from shards.retries import standing, superseded
-from shards.schema import QUARANTINE_SCHEMA, Split, is_volumes, schema_of
+from shards.schema import QUARANTINE_SCHEMA, Split, catalog_schema, is_volumes, schema_of
 from shards.store import Store, clear_errors
 
 _REQUESTS_AT_ONCE = 16  # of an object store
+_PARTS_AHEAD = 4
 _LABELS_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -57,14 +60,10 @@ def load(
         try:
             table = _read_catalogs(store, [f.path for f in files], schema, read, split)
         except (FileNotFoundError, pa.ArrowInvalid):
-            raise UserError(
-                f"{store.root}: a catalogue file is missing or damaged: run ingest verify"
-            ) from None
-    if table.num_rows != _committed_rows(commits, files, modality, split):
-        raise UserError(
-            f"{store.root}: the catalogue holds {table.num_rows} rows where the commits count "
-            f"{_committed_rows(commits, files, modality, split)}: run ingest verify"
-        )
+            raise _damaged(store) from None
+    committed = _committed_rows(commits, files, modality, split)
+    if table.num_rows != committed:
+        raise _differing(store, table.num_rows, committed)
     table = exclusions.read(store).without(table)
     return table.sort_by("key").select(wanted).combine_chunks()
 
@@ -97,6 +96,75 @@ def _read_catalogs(
 
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         return pa.concat_tables(pool.map(one, names))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a 2D modality in a split (None: all), known from the commits; none of them is read yet.
+
+    committed: rows, with those that are left out.
+    """
+
+    store: Store
+    split: str | None
+    files: tuple[CommittedFile, ...]
+    committed: int
+    left_out: exclusions.Exclusions
+
+    @property
+    def digest(self) -> str:
+        """Another one whenever a row may be another."""
+        of_files = (part for file in self.files for part in (file.path, file.sha256))
+        return digest("selection", self.split or "", self.left_out.name, *of_files)
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rows, a catalogue part at a time, a few of which are read ahead. Raises UserError."""
+        read, found = list(dict.fromkeys([*columns, "key"])), 0
+        for table in _ahead(self._part, [file.path for file in self.files], read):
+            found += table.num_rows
+            yield self.left_out.without(table).select(columns)
+        if found != self.committed:
+            raise _differing(self.store, found, self.committed)
+
+    def _part(self, name: str, columns: list[str]) -> pa.Table:
+        with clear_errors(self.store.root):
+            try:
+                return _read_catalogs(self.store, [name], catalog_schema(), columns, self.split)
+            except (FileNotFoundError, pa.ArrowInvalid):
+                raise _damaged(self.store) from None
+
+
+def select(root: str | Path | Store, modality: str, split: str | None = None) -> Selection:
+    """Raises UserError where root is no dataset."""
+    store = _open(root)
+    commits = list_commits(store)
+    files = tuple(f for c in commits for f in c.images if f.modality == modality)
+    committed = _committed_rows(commits, files, modality, split)
+    return Selection(store, split, files, committed, exclusions.read(store))
+
+
+def _ahead(
+    read: Callable[[str, list[str]], pa.Table], names: Sequence[str], columns: list[str]
+) -> Iterator[pa.Table]:
+    with ThreadPoolExecutor(_PARTS_AHEAD) as pool:
+        waiting: deque[Future[pa.Table]] = deque()
+        for name in names:
+            waiting.append(pool.submit(read, name, columns))
+            if len(waiting) > _PARTS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _damaged(store: Store) -> UserError:
+    return UserError(f"{store.root}: a catalogue file is missing or damaged: run ingest verify")
+
+
+def _differing(store: Store, found: int, committed: int) -> UserError:
+    return UserError(
+        f"{store.root}: the catalogue holds {found} rows where the commits count {committed}: "
+        "run ingest verify"
+    )
 
 
 def counts(root: str | Path | Store, volumes: bool = False) -> dict[str, dict[str, int]]:

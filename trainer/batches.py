@@ -33,7 +33,7 @@ from trainer.labels import LabelSet, SampleLabels, label_sets, sample_labels
 from trainer.reading import BatchReads, Key, ReadAhead, open_reader, place_of
 from trainer.rows import NEEDED_COLUMNS as NEEDED_COLUMNS
 from trainer.rows import Modality as Modality
-from trainer.rows import Plan, in_order
+from trainer.rows import Plan, Rows, in_order
 from trainer.rows import open_modality as open_modality
 from trainer.rows import rows_of as rows_of
 from trainer.sampling import rank_parts, sampling_weights
@@ -154,7 +154,7 @@ class BatchMaker:
         self._config, self._rank, self._world, self._fingerprint = config, rank, world, fingerprint
         self._bands = _checked_bands(config, bands)
         self._label_sets, self._labels = labels, dict[str, dict[str, SampleLabels]]()
-        self._opened: dict[str, Modality] | None = None
+        self._opened: dict[str, Rows] | None = None
         self._ahead: ReadAhead | None = None
         self._cache: dict[tuple[str, int], Prepared] = {}
         self._cached_bytes = 0
@@ -189,8 +189,9 @@ class BatchMaker:
                 seconds["augment"] += time.perf_counter() - began
         equal = config.data.sampling == "equal"
         sizes = None if equal else tuple(len(index) for index, _ in plan.values())
+        of = _by_modality(keys, plan, config.data.modalities)
         labels = {
-            name: np.concatenate([by_modality[m].of(plan[m][0]) for m in config.data.modalities])
+            name: np.concatenate([by_modality[m].of(of[m]) for m in config.data.modalities])
             for name, by_modality in self._labels.items()
         }
         cost = of_batch.finish()
@@ -204,7 +205,7 @@ class BatchMaker:
         keys = [(name, index) for name, (indices, _) in plan.items() for index in indices.tolist()]
         return plan, [(k, place_of(modalities[k[0]], k[1], data)) for k in keys if k not in self._cache]
 
-    def _modalities(self) -> dict[str, Modality]:
+    def _modalities(self) -> dict[str, Rows]:
         if self._opened is None:
             cv2.setNumThreads(1)  # a batch is made by one thread; the cores belong to other workers
             data = self._config.data
@@ -213,14 +214,13 @@ class BatchMaker:
             if self._fingerprint is not None:  # after the rows are read: a dataset only ever grows
                 _check_fingerprint(data.dataset, self._fingerprint)
             sets = label_sets(self._config) if self._label_sets is None else self._label_sets
-            keys = {name: modality.keys for name, modality in opened.items()}
-            self._labels = sample_labels(self._config, keys, sets)
+            self._labels = sample_labels(self._config, sets)
             self._opened = opened
             self._ahead = ReadAhead(open_reader(data), self._needs)
         return self._opened
 
     def _prepared(
-        self, modality: Modality, index: int, of_batch: BatchReads, seconds: dict[str, float]
+        self, modality: Rows, index: int, of_batch: BatchReads, seconds: dict[str, float]
     ) -> Prepared:
         cached = self._cache.get((modality.name, index))
         if cached is not None:
@@ -233,6 +233,12 @@ class BatchMaker:
             self._cache[modality.name, index] = prepared
             self._cached_bytes += prepared.nbytes
         return prepared
+
+
+def _by_modality(keys: Sequence[str], plan: Plan, modalities: Sequence[str]) -> dict[str, Sequence[str]]:
+    """The keys of a batch, which are modality-major."""
+    ends = np.cumsum([len(plan[m][0]) for m in modalities]).tolist()
+    return {m: keys[start:end] for m, start, end in zip(modalities, [0, *ends], ends, strict=False)}
 
 
 def dataset_fingerprint(root: str) -> str:
@@ -319,7 +325,7 @@ def whole_image(
 
 
 def _pyramids(
-    config: TrainConfig, modality: Modality, indices: list[int], reader: reads.BatchReader
+    config: TrainConfig, modality: Rows, indices: list[int], reader: reads.BatchReader
 ) -> Iterator[Pyramid]:
     seconds = {"read": 0.0, "decode": 0.0, "augment": 0.0}
     for first in range(0, len(indices), _FIT_BATCH):
@@ -332,7 +338,7 @@ def _pyramids(
 
 def _prepare(
     config: TrainConfig,
-    modality: Modality,
+    modality: Rows,
     index: int,
     data: bytes,
     seconds: dict[str, float],

@@ -72,6 +72,7 @@ FREE_SETTINGS = (
     "trackers",
     "data.dataset",
     "data.cache_bytes",
+    "data.catalogue_cache",
     "data.read_",
     "data.node_cache",
     "model.compile",

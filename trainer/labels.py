@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from shards import catalog
 from shards.errors import UserError
+from shards.row_file import fixed_keys
 from trainer.config import LabelSetConfig, TrainConfig
 
 UNKNOWN = -1  # a sample without a label, or an entry of one that its row says nothing about
@@ -39,8 +40,7 @@ def label_sets(config: TrainConfig) -> tuple[LabelSet, ...]:
     wanted = config.supervision.labels
     if not wanted:
         return ()
-    keys = {m: _keys(config, m) for m in config.data.modalities}
-    return tuple(_label_set(config, one, keys) for one in wanted)
+    return tuple(_label_set(config, one) for one in wanted)
 
 
 def from_json(trees: Sequence[Mapping[str, Any]]) -> tuple[LabelSet, ...]:
@@ -50,22 +50,31 @@ def from_json(trees: Sequence[Mapping[str, Any]]) -> tuple[LabelSet, ...]:
 
 @dataclass(frozen=True)
 class SampleLabels:
-    """Labels of the samples of one modality. index: int32 [samples], the row of `values` that a sample has;
-    values: int64 [rows] (classes) or int8 [rows, C] (multi); the last row is all UNKNOWN."""
+    """Labels of the samples of one modality. keys: bytes [rows], sorted; values: int64 [rows + 1] (classes)
+    or int8 [rows + 1, C] (multi); the last row is all UNKNOWN. Memory is that of the labels, not of the
+    samples."""
 
-    index: NDArray[np.int32]
+    keys: NDArray[np.bytes_]
     values: NDArray[Any]
 
-    def of(self, samples: NDArray[np.int64]) -> NDArray[Any]:
-        """classes: int64 [n], the class or UNKNOWN. multi: int8 [n, C], 1, 0 or UNKNOWN."""
-        found: NDArray[Any] = self.values[self.index[samples]]
+    def of(self, samples: Sequence[str]) -> NDArray[Any]:
+        """By the keys of samples. classes: int64 [n], the class or UNKNOWN. multi: int8 [n, C], 1, 0 or
+        UNKNOWN."""
+        found: NDArray[Any] = self.values[_places(self.keys, fixed_keys(pa.array(samples, pa.string())))]
         return found
 
 
-def sample_labels(
-    config: TrainConfig, keys: Mapping[str, pa.Array], sets: Sequence[LabelSet]
-) -> dict[str, dict[str, SampleLabels]]:
-    """{label set: {modality: SampleLabels}}. keys: of the samples of each modality in the configured split.
+def _places(keys: NDArray[np.bytes_], wanted: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """The row of each wanted key in the sorted `keys`, len(keys) where it is not there."""
+    place = np.searchsorted(keys, wanted)
+    there = np.zeros(len(wanted), bool)
+    inside = place < len(keys)
+    there[inside] = keys[place[inside]] == wanted[inside]
+    return np.where(there, place, len(keys))
+
+
+def sample_labels(config: TrainConfig, sets: Sequence[LabelSet]) -> dict[str, dict[str, SampleLabels]]:
+    """{label set: {modality: SampleLabels}}.
 
     Raises UserError where a table is no longer the one that the run began with.
     """
@@ -78,25 +87,17 @@ def sample_labels(
                 "put the table back, or start another run folder to train on what it holds now"
             )
         values = _classes(table, known.classes) if wanted.kind == "classes" else _multi(table, known.classes)
-        value_set, nowhere = table["key"].combine_chunks(), np.int32(table.num_rows)
+        labelled = SampleLabels(fixed_keys(table["key"].combine_chunks()), values)
         chosen = wanted.modalities or config.data.modalities
-        found[wanted.name] = {
-            m: SampleLabels(
-                pc.fill_null(pc.index_in(of_m, value_set=value_set), nowhere).to_numpy(zero_copy_only=False)
-                if m in chosen
-                else np.full(len(of_m), nowhere),
-                values,
-            )
-            for m, of_m in keys.items()
-        }
+        nothing = SampleLabels(labelled.keys[:0], values[-1:])
+        found[wanted.name] = {m: labelled if m in chosen else nothing for m in config.data.modalities}
     return found
 
 
-def _label_set(config: TrainConfig, wanted: LabelSetConfig, keys: Mapping[str, pa.Array]) -> LabelSet:
+def _label_set(config: TrainConfig, wanted: LabelSetConfig) -> LabelSet:
     table, digest = _rows(config, wanted)
     chosen = wanted.modalities or config.data.modalities
-    there = pa.concat_arrays([keys[m] for m in chosen])
-    used = table.filter(pc.is_in(table["key"], value_set=there))
+    used = table.filter(pa.array(_of_samples(config, chosen, fixed_keys(table["key"].combine_chunks()))))
     names = used[_FIELDS[wanted.kind]].combine_chunks()
     if wanted.kind == "multi":
         more = [used[_UNKNOWN_FIELD].combine_chunks()] if _UNKNOWN_FIELD in used.column_names else []
@@ -122,12 +123,19 @@ def _rows(config: TrainConfig, wanted: LabelSetConfig) -> tuple[pa.Table, str]:
         raise UserError(f"the labels {wanted.name!r} are not of kind {wanted.kind}: {fix}")
     if "split" in table.column_names and config.data.split != "all":
         table = table.filter(pc.is_in(table["split"], value_set=pa.array(["", config.data.split])))
-    return table.filter(pc.is_valid(table[field])), digest
+    return table.filter(pc.is_valid(table[field])).sort_by("key"), digest
 
 
-def _keys(config: TrainConfig, modality: str) -> pa.Array:
+def _of_samples(
+    config: TrainConfig, modalities: Sequence[str], keys: NDArray[np.bytes_]
+) -> NDArray[np.bool_]:
+    """Which of the sorted keys are those of samples of the configured split; a catalogue part at a time."""
     split = None if config.data.split == "all" else config.data.split
-    return catalog.load(config.data.dataset, modality, ["key"], split)["key"].combine_chunks()
+    found = np.zeros(len(keys) + 1, bool)
+    for modality in modalities:
+        for table in catalog.select(config.data.dataset, modality, split).tables(["key"]):
+            found[_places(keys, fixed_keys(table["key"].combine_chunks()))] = True
+    return found[:-1]
 
 
 def _classes(table: pa.Table, classes: Sequence[str]) -> NDArray[np.int64]:

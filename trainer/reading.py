@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 from shards.reads import GAP_BYTES, LARGEST_BYTES, BatchReader, Place, Reads, coalesce, open_cache
 from trainer.config import DataConfig
-from trainer.rows import Modality, Plan
+from trainer.rows import Plan, Rows
 
 Key = tuple[str, int]  # modality, index
 Needs = Callable[[int], tuple[Plan, Sequence[tuple[Key, Place]]]]
@@ -18,7 +18,7 @@ def open_reader(data: DataConfig) -> BatchReader:
     return BatchReader(data.dataset, data.read_threads, data.read_ahead_bytes, cache)
 
 
-def place_of(modality: Modality, index: int, data: DataConfig) -> Place:
+def place_of(modality: Rows, index: int, data: DataConfig) -> Place:
     """Where a sample lies; with a node cache also the range that the cache keeps: its block of the order."""
     row = modality.location(index)
     place = Place(modality.name, row["shard"], row["offset"], row["size"], row["crc32"])

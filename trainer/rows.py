@@ -1,6 +1,14 @@
-"""The catalogue rows that a run reads, one table a modality. No torch."""
+"""The catalogue rows that a run reads, modality by modality. No torch.
 
-from dataclasses import dataclass, field
+Many rows lie in a file that all processes of a node map (data.catalogue_cache), few in a table of each
+process. Both number them alike and give the same values, so that a batch does not depend on which it is.
+"""
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -9,6 +17,8 @@ from numpy.typing import NDArray
 
 from shards import catalog
 from shards.errors import UserError
+from shards.row_cache import NoRowCacheError, open_rows
+from shards.row_file import RowFile
 from shards.schema import is_volumes
 from trainer.config import DataConfig
 
@@ -17,6 +27,9 @@ Plan = dict[str, tuple[NDArray, NDArray]]  # modality: indices, pass numbers
 _LOCATION = ("key", "shard", "offset", "size", "crc32", "codec", "rows", "columns")
 _INTENSITY = ("window_center", "window_width", "window_function", "p005", "p995", "minimum", "maximum")
 NEEDED_COLUMNS = (*_LOCATION, *_INTENSITY)  # of the catalogue, to read an image
+SHARED_ROWS = 1_000_000  # of a modality: fewer are not worth a file, with data.catalogue_cache=auto
+TABLE_ROW_BYTES = 170  # of a row in a table of a process, about
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,10 +42,6 @@ class Modality:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
-
-    @property
-    def keys(self) -> pa.Array:
-        return self._column("key")
 
     def key(self, index: int) -> str:
         return str(self._column("key")[index].as_py())
@@ -51,13 +60,46 @@ class Modality:
         return self._columns[name]
 
 
-def open_modality(data: DataConfig, name: str) -> Modality:
+@dataclass(frozen=True)
+class MappedModality:
+    """As Modality, of a row file. by_key: numbered by key, else by shard and offset."""
+
+    name: str
+    file: RowFile
+    by_key: bool = True
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def key(self, index: int) -> str:
+        return str(self.row(index)["key"])
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Location and intensity columns of one sample. Raises UserError for a damaged file."""
+        try:
+            return self.file.row(int(self.file.by_key[index]) if self.by_key else index)
+        except ValueError as error:
+            raise UserError(f"{error}: remove that folder, and run again") from None
+
+    def location(self, index: int) -> dict[str, Any]:
+        """shard, offset, size and crc32 of one sample."""
+        row = self.row(index)
+        return {name: row[name] for name in ("shard", "offset", "size", "crc32")}
+
+
+Rows = Modality | MappedModality
+
+
+def open_modality(data: DataConfig, name: str) -> Rows:
     """The rows of a modality in the configured split, sorted by key. Raises UserError when there is none."""
     if is_volumes(name):
         raise UserError(
             f"{name} holds volumes, training takes 2D images: set data.modalities to their slices"
         )
     split = None if data.split == "all" else data.split
+    file = _mapped(data, name, split)
+    if file is not None:
+        return MappedModality(name, file)
     modality = Modality(name, catalog.load(data.dataset, name, list(NEEDED_COLUMNS), split))
     if not len(modality):
         there = ", ".join(m for m, n in catalog.counts(data.dataset).items() if sum(n.values())) or "none"
@@ -68,13 +110,51 @@ def open_modality(data: DataConfig, name: str) -> Modality:
     return modality
 
 
-def in_order(modality: Modality, data: DataConfig) -> Modality:
+def _mapped(data: DataConfig, name: str, split: str | None) -> RowFile | None:
+    """The row file as data.catalogue_cache has it; None: a table of this process. Raises UserError."""
+    if data.catalogue_cache == "off":
+        return None
+    selection = catalog.select(data.dataset, name, split)
+    auto = data.catalogue_cache == "auto"
+    if auto and selection.committed < SHARED_ROWS:
+        return None
+    try:
+        folder = _own_folder() if auto else Path(data.catalogue_cache)
+        return open_rows(selection, name, NEEDED_COLUMNS, folder)
+    except NoRowCacheError as error:
+        if not auto:
+            raise UserError(f"data.catalogue_cache: {error}") from None
+        size = selection.committed * TABLE_ROW_BYTES / 1e9
+        log.warning(
+            "the catalogue of %s takes %.1f GB of memory in every process that makes batches, because it "
+            "cannot be shared: %s; set data.catalogue_cache to a folder on a disk of the node",
+            *(name, size, error),
+        )
+        return None
+
+
+def _own_folder() -> Path:
+    """Of this user, among the temporary files of the node. Raises NoRowCacheError where another has it."""
+    folder = Path(tempfile.gettempdir()) / f"medswav-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        known = folder.lstat()
+    except OSError as error:
+        raise NoRowCacheError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
+    if known.st_uid != os.getuid() or known.st_mode & 0o077 or folder.is_symlink():
+        raise NoRowCacheError(f"{folder} can be written by others")
+    return folder / "catalogue"
+
+
+def in_order(modality: Rows, data: DataConfig) -> Rows:
     """The rows as the order of samples numbers them: as they lie in the shards, or by key.
 
     The names of shards are digests of their content: the numbering is the same wherever a dataset lies.
     """
     if data.order.layout == "keys":
         return modality
+    if isinstance(modality, MappedModality):
+        return replace(modality, by_key=False)
     places = [("shard", "ascending"), ("offset", "ascending")]
     return Modality(modality.name, modality.table.sort_by(places).combine_chunks())
 
