@@ -28,6 +28,7 @@ FIELDS = {
 }
 _TRUE = frozenset({"1", "1.0", "true", "yes"})
 _PNG, _MOST_MASK_BYTES, _MOST_CLASSES = b"\x89PNG\r\n\x1a\n", 64 << 20, 256
+_ROUNDING = 1.0  # px
 _BAD_BOX = "a box of the table {} is not four numbers x0 < x1, y0 < y1: correct it"
 
 Parse = Callable[[dict[str, str]], Any]
@@ -38,8 +39,9 @@ def parser(
 ) -> Parse:
     """A function of a table's row: its value, None where it says nothing. Raises UserError for columns.
 
-    classes: text. multi: list of text. boxes: list of (x0, y0, x1, y1, label), in pixels of the source image.
-    masks: name of the file (PNG, NIfTI), or run lengths.
+    classes: text. multi: list of text. boxes: list of (x0, y0, x1, y1, label), in pixels of the source image;
+    empty where all four cells are: the image was read and has no finding. masks: name of the file (PNG,
+    NIfTI), or run lengths.
     """
     if kind not in KINDS:
         raise UserError(f"labels are of kind {', '.join(KINDS)}, not {kind!r}")
@@ -68,7 +70,7 @@ def parser(
 def _boxes(row: dict[str, str], columns: Sequence[str], label: str, name: str) -> list[tuple] | None:
     cells = [row[column] for column in columns]
     if not any(cells):
-        return None
+        return [] if len(cells) == 4 else None
     try:
         found = json.loads(cells[0]) if len(cells) == 1 else [cells]
         boxes = [tuple(float(n) for n in box) for box in found]
@@ -78,6 +80,17 @@ def _boxes(row: dict[str, str], columns: Sequence[str], label: str, name: str) -
         if len(box) != 4 or not all(map(math.isfinite, box)) or box[0] >= box[2] or box[1] >= box[3]:
             raise UserError(_BAD_BOX.format(name))
     return [(*box, label) for box in boxes]
+
+
+def check_box(box: tuple, sample: Row, where: str) -> None:
+    """A box must lie in the source image; a pixel beyond its border is rounding. Raises UserError."""
+    x0, y0, x1, y1 = box[:4]
+    width, height = sample["original_columns"], sample["original_rows"]
+    if min(x0, y0) < -_ROUNDING or x1 > width + _ROUNDING or y1 > height + _ROUNDING:
+        raise UserError(
+            f"{where}: the box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) does not lie in its image of {width} x "
+            f"{height} px: give boxes in px of the source image"
+        )
 
 
 def placed_box(box: tuple, sample: Row) -> dict[str, Any] | None:

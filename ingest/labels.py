@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from ingest import nifti_masks
-from ingest.label_values import FIELDS, PLACE_COLUMNS, Masks, Parse, parser, placed_box
+from ingest.label_values import FIELDS, PLACE_COLUMNS, Masks, Parse, check_box, parser, placed_box
 from ingest.tables import read_rows
 from shards import catalog
 from shards.errors import UserError
@@ -56,9 +56,9 @@ def join_labels(
     slices, which are turned, only the planes of a NIfTI mask are joined. of: "images", or "volumes": a volume
     has the value of any of its slices (classes and multi only). Where kind multi has several columns,
     `unknown` lists those that are empty in a row with other cells. In the metadata of the returned table:
-    `unmatched`, rows without a value or without a sample; `misplaced`, boxes outside the stored image and
-    masks that are no grey PNG, run lengths or NIfTI plane of the source image; `repeated`, rows of an image
-    that had one before.
+    `unmatched`, rows without a value or without a sample; `misplaced`, boxes outside the stored part of
+    their image and masks that are no grey PNG, run lengths or NIfTI plane of the source image; `repeated`,
+    rows of an image that had one before.
     Raises UserError for a table that cannot be used, matches nothing, or names a file that two inputs have,
     and for a name that labels of the other kind of sample have.
     """
@@ -82,7 +82,7 @@ def join_labels(
     frame_column = next((column for column in columns if column.lower() == "frame"), None)
     found = _Found(kind, path.resolve().parent, samples)
     unmatched = 0
-    for row in rows_of(path):
+    for number, row in enumerate(rows_of(path), start=2):  # as an editor counts lines
         value = parse(row)
         known = (names.id(pseudonym, v) if pseudonym else v for v in candidates(row[join]))
         match = next((p for p in known if p in keys), None) if value is not None else None
@@ -98,7 +98,8 @@ def join_labels(
         split = row.get("split", "").lower()
         empty = [column for column in values if not row[column]] if kind == "multi" else []
         for key in matched:
-            found.add(key, value, split if split in _SPLITS else "", empty)
+            where = f"line {number} of {path.name}"
+            found.add(key, value, split if split in _SPLITS else "", empty, where)
     _check(path, found.texts(), bool(found.values))
     order = sorted(found.values)
     field, kind_of_field = FIELDS[kind]
@@ -175,12 +176,14 @@ class _Found:
         self.misplaced = 0
         self.repeated = 0  # rows of a sample that had a value
 
-    def add(self, key: str, value: Any, split: str, empty: Sequence[str] = ()) -> None:
+    def add(self, key: str, value: Any, split: str, empty: Sequence[str], where: str) -> None:
         self.repeated += key in self.values
         if self.kind == "multi":
             self.unknown[key] = self.unknown.get(key, set(empty)) & set(empty)
             self.values[key] = sorted({*self.values.get(key, ()), *value})
         elif self.kind == "boxes":
+            for box in value:
+                check_box(box, self.samples[key], where)
             boxes = [placed_box(box, self.samples[key]) for box in value]
             self.misplaced += boxes.count(None)
             self.values.setdefault(key, []).extend(box for box in boxes if box is not None)

@@ -21,13 +21,15 @@ from ingest.synthetic.fields import (
 
 def radiographs(rng: Random, positive: bool, images: int) -> list[Image]:
     """Exposures of one patient, [H, W] in [0, 1], larger = more attenuation; each has its own position."""
-    chest = _Chest.draw(rng)
+    chest = Chest.draw(rng)
     seed = int(rng.integers(2**31))
     return [_exposure(np.random.default_rng([seed, i]), chest, positive) for i in range(images)]
 
 
 @dataclass(frozen=True)
-class _Chest:
+class Chest:
+    """A patient's build; lengths as in fields.coordinates."""
+
     width: float
     lung_height: float
     lung_width: float
@@ -39,9 +41,9 @@ class _Chest:
     radius: float
 
     @staticmethod
-    def draw(rng: Random) -> "_Chest":
+    def draw(rng: Random) -> "Chest":
         u = rng.uniform
-        return _Chest(
+        return Chest(
             width=u(0.85, 1.05),
             lung_height=u(0.68, 0.82),
             lung_width=u(0.34, 0.41),
@@ -54,9 +56,17 @@ class _Chest:
         )
 
 
-def _exposure(rng: Random, chest: _Chest, positive: bool) -> Image:
+def _exposure(rng: Random, chest: Chest, positive: bool) -> Image:
     width = int(rng.integers(112, 185))
     shape = (int(width * rng.uniform(0.95, 1.15)), width)
+    image, lungs = anatomy(rng, chest, shape)
+    image += chest.burden * finding(rng, lungs, positive, 20, chest.radius * width, mix=0.05)
+    return film(rng, image.astype(np.float32), shape)
+
+
+def anatomy(rng: Random, chest: Chest, shape: tuple[int, int]) -> tuple[Image, Image]:
+    """Attenuation of a chest without findings, and its lungs (0 to 1); both [H, W]."""
+    width = shape[1]
     y, x = coordinates(rng, shape, rng.uniform(-0.12, 0.12), 0.08, rng.uniform(1.0, 1.2), 0.02)
     breath = rng.uniform(-0.08, 0.08)  # how deeply the patient breathed in
     body = ellipse(y, x, (0.25, 0), (1.35, chest.width))
@@ -72,11 +82,10 @@ def _exposure(rng: Random, chest: _Chest, positive: bool) -> Image:
         image += 0.07 * ellipse(y, x, (-0.72 - 0.02 * side, side * 0.4), (0.03, 0.33), side * 0.25)
     vessels = streaks(rng, shape, pick(rng, lungs * (np.abs(x) < 0.5), 10), 0.15 * width, 0.012 * width)
     image += 0.03 * vessels * lungs
-    image += chest.burden * finding(rng, lungs, positive, 20, chest.radius * width, mix=0.05)
-    return _film(rng, image.astype(np.float32), shape)
+    return image, lungs
 
 
-def _lungs(y: Image, x: Image, chest: _Chest, breath: float) -> Image:
+def _lungs(y: Image, x: Image, chest: Chest, breath: float) -> Image:
     masks = [
         ellipse(y, x, (-0.08, side * 0.42), (chest.lung_height, chest.lung_width), side * 0.12, edge=0.06)
         * ramp((0.46 + 0.06 * side + breath - 0.35 * (np.abs(x) - 0.4) ** 2 - y) / 0.05)
@@ -85,7 +94,7 @@ def _lungs(y: Image, x: Image, chest: _Chest, breath: float) -> Image:
     return np.maximum(masks[0], masks[1])
 
 
-def _ribs(y: Image, x: Image, chest: _Chest) -> Image:
+def _ribs(y: Image, x: Image, chest: Chest) -> Image:
     """Posterior ribs fall to the sides, anterior ones the other way."""
     back = y - 0.45 * np.abs(x) ** 1.5
     front = y + 0.75 * np.abs(x) - 0.35
@@ -97,7 +106,7 @@ def _ribs(y: Image, x: Image, chest: _Chest) -> Image:
     return np.asarray(np.maximum(bands, 0) * cage, np.float32)
 
 
-def _film(rng: Random, image: Image, shape: tuple[int, int]) -> Image:
+def film(rng: Random, image: Image, shape: tuple[int, int]) -> Image:
     """Exposure, scatter, focal blur, quantum noise, and collimator shutters on some."""
     image = blur(image, rng.uniform(0.4, 0.7))
     image = image * (1 + 0.08 * noise(rng, shape, 0.5 * min(shape)))

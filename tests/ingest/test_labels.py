@@ -146,11 +146,17 @@ def test_boxes_and_masks_follow_the_reduction_of_an_x_ray(tmp_path):
     write(tmp_path / "s" / "0", grey(size=(200, 100)), modality="CR", patient="P0")
     out = tmp_path / "out"
     ingest(tmp_path / "s", out, xr_max_side=100)
-    text = "file,x0,y0,x1,y1,label\n0,10,20,30,60,node\n0,90,0,400,50,\n0,200,0,300,9,out\n"
+    text = "file,x0,y0,x1,y1,label\n0,10,20,30,60,node\n0,90,0,100.8,50,\n"
     rows, metadata = joined(out, tmp_path / "s", text, kind="boxes")
     first, second = rows[0]["boxes"]
     assert first == {"x0": 5, "y0": 10, "x1": 15, "y1": 30, "label": "node"}
-    assert (second["x1"], second["label"]) == (50, None) and metadata[b"misplaced"] == b"1"
+    assert (second["x1"], second["label"]) == (50, None) and metadata[b"misplaced"] == b"0"
+    with pytest.raises(
+        UserError, match=r"line 3 of t.csv: the box \(90, 0, 400, 50\) does not lie in its image"
+    ):
+        joined(out, tmp_path / "s", text.replace("100.8", "400"), kind="boxes")
+    rows, metadata = joined(out, tmp_path / "s", "file,x0,y0,x1,y1,label\n0,,,,,\n", kind="boxes")
+    assert rows[0]["boxes"] == [] and metadata[b"unmatched"] == b"0"  # read, and nothing found
     text = 'file,b\n0,"[[10, 20, 30, 60]]"\n'
     rows, _ = joined(out, tmp_path / "s", text, kind="boxes", values=("b",))
     assert rows[0]["boxes"][0]["y1"] == 30
