@@ -251,12 +251,36 @@ def demo(
         int | None,
         typer.Option(min=2, help="Generated patients of each modality; default: as in `make demo`."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Pretrainings, each with a seed of its own.")] = 1,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pretrainings, each with a seed of its own (1); with --task: fine-tunings."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A clinical task on generated files instead: haemorrhage.")
+    ] = None,
     address: Address = None,
 ) -> None:
-    """The whole path: files to shards, a short pretraining, probes, one HTML report."""
+    """The whole path: files to shards, a short pretraining, probes, one HTML report.
+
+    Example: medswav demo --task haemorrhage --output heads
+    """
+    from orchestration import demo_tasks
     from orchestration.demo import demo
 
+    if task is not None:
+        if source or labels is not None:
+            raise UserError("--task makes its own files and labels: leave --source and --labels away")
+        options = demo_tasks.TaskOptions(
+            task,
+            output.absolute(),
+            patients,
+            repeats,
+            tuple(set_ or ()),
+            ranks,
+            feeders,
+            address,
+        )
+        raise typer.Exit(demo_tasks.demo(options))
     code = demo(
         output,
         source or [],
@@ -265,7 +289,7 @@ def demo(
         ranks=ranks,
         feeders=feeders,
         patients=patients,
-        repeats=repeats,
+        repeats=repeats or 1,
         address=address,
     )
     raise typer.Exit(code)

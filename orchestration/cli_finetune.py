@@ -14,12 +14,13 @@ Settings = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to an application."""
+    """Add the commands to an application."""
     app.command()(finetune)
+    app.command()(ablate)
 
 
 def finetune(
-    task: Annotated[str, typer.Argument(help="classify.")],
+    task: Annotated[str, typer.Argument(help="classify or haemorrhage.")],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the trainings.", show_default="required")
     ] = None,
@@ -79,3 +80,45 @@ def finetune(
             raise UserError(f"finetune needs {name} (see medswav finetune --help)")
     tree = finetune_job.finetune(request)
     typer.echo(json.dumps(tree, indent=1) if as_json else finetune_job.markdown(tree))
+
+
+def ablate(
+    task: Annotated[str, typer.Argument(help="haemorrhage.")],
+    output: Annotated[Path, typer.Option(help="Folder of the trainings and the table.")],
+    data: Annotated[Path, typer.Option(help="Dataset: folder, s3://..., gs://...")],
+    labels: Annotated[list[str], typer.Option(help="Label tables of volumes and of slices.")],
+    encoder: Annotated[
+        str, typer.Option(help="encoder.safetensors or run folder; none: without self-supervision.")
+    ] = "none",
+    preset: Annotated[str, typer.Option(help="small or full.")] = "small",
+    set_: Settings = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row: seeds 0, 1, ...")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, on a CPU, of one thread each.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="All values as JSON.")] = False,
+) -> None:
+    """What each auxiliary task and pretraining bring, each added in turn. The same command again goes on.
+
+    Example: medswav ablate haemorrhage --data DATASET --labels V --labels S --encoder RUN --output TABLE
+    """
+    import json
+
+    from orchestration import finetune_job
+    from orchestration.progress import Progress
+    from trainer.downstream import haemorrhage_ablation as ablation
+
+    if task != "haemorrhage":
+        raise UserError(f"there is no ablation of {task!r}: choose haemorrhage")
+    _, config = finetune_job.configured(task, preset, set_ or [])
+    wanted = ablation.Ablation(
+        config=config,
+        dataset=str(location(data)),
+        labels=tuple(labels),
+        encoder=finetune_job.encoder_file(encoder, output),
+        folder=output,
+        seeds=tuple(range(seeds)),
+        jobs=jobs,
+    )
+    epochs = len(wanted.arms) * seeds * config.finetune.epochs
+    with Progress("ablate", epochs, "epochs") as progress:
+        tree = ablation.run(wanted, lambda done, _: progress.update(done))
+    typer.echo(json.dumps(tree, indent=1) if as_json else ablation.markdown(tree))

@@ -259,7 +259,7 @@ def _pretrain(options: Options, fitted: Fitted, log: StepLog) -> bool:
     config = fitted.config
     seeds = {run: config.model_copy(update={"seed": config.seed + i}) for i, run in enumerate(options.runs)}
     times = f", {len(seeds)} times with different seeds" if len(seeds) > 1 else ""
-    to_do = {run: own for run, own in seeds.items() if not _finished(run, own)}
+    to_do = {run: own for run, own in seeds.items() if not finished(run, own)}
     if not to_do:
         log.already("Pretrain", f"{config.max_steps:,} steps{times}")
         return True
@@ -282,7 +282,7 @@ def _pretrain(options: Options, fitted: Fitted, log: StepLog) -> bool:
     return not detail.stopped
 
 
-def _finished(run: Path, config: TrainConfig) -> bool:
+def finished(run: Path, config: TrainConfig) -> bool:
     """Raises UserError where the folder holds a run with other settings."""
     from trainer import checkpoint
     from trainer.prepare import dataset_fingerprint

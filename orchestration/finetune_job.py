@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TASKS = {  # name on the command line: module
     "classify": "trainer.downstream.classify",
+    "haemorrhage": "trainer.downstream.haemorrhage",
 }
 FORMAT_VERSION = 1
 DRAWS = 1000  # of the patients, for intervals

@@ -103,7 +103,7 @@ def _ct(task: Task, look: Random, formats: Random, person: Person) -> list[Manif
     coding = int(formats.integers(4))
     files = []
     for index, hu in enumerate(series.hu):
-        stored, bits, slope, intercept = _store_hu(hu, coding)
+        stored, bits, slope, intercept = store_hu(hu, coding)
         data = _dicom(task, person, "CT", CTImageStorage, 1, index + 1)
         set_pixels(data, stored[None], bits, syntax, "MONOCHROME2")
         _geometry(data, series.spacing_mm, series.step_mm, index)
@@ -119,7 +119,7 @@ def _ct(task: Task, look: Random, formats: Random, person: Person) -> list[Manif
     return files
 
 
-def _store_hu(hu: NDArray[np.float32], coding: int) -> tuple[NDArray[np.generic], int, float, float]:
+def store_hu(hu: NDArray[np.float32], coding: int) -> tuple[NDArray[np.generic], int, float, float]:
     """HU to stored values, bits stored, slope and intercept, the four ways met most."""
     height, width = hu.shape
     if coding == 0:  # unsigned, air at 24

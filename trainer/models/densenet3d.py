@@ -87,6 +87,11 @@ class DenseNet3d(nn.Module):
         out: Tensor = self.head(self._through(x)[1])
         return out
 
+    def all_maps(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """block_maps and feature_map of one pass."""
+        maps, last = self._through(x)
+        return maps, self.head(last)
+
     def slice_features(self, x: Tensor) -> Tensor:
         """Features of slices [n, Z, 1024]: maximum and mean of feature_map in the plane, each of its slices
         standing for the SLICES slices of the volume that it was pooled from."""
