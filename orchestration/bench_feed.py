@@ -41,7 +41,7 @@ Next = Callable[[], Any]
 def ready_made(config: TrainConfig, rank: int, world: int, bands: Any, kind: str = "uint8") -> Any:
     """A batch function that costs nothing: always the same crops (of another kind: as their bytes)."""
     n = config.data.batch_size // world
-    crops = tuple(np.zeros((c.count, n, c.size, c.size), kind).view(np.uint8) for c in config.views.crops)
+    crops = tuple(np.zeros(shape, kind).view(np.uint8) for shape in config.views.stack_shapes(n))
     return lambda step: Batch(step, crops, config.data.modalities, ("",) * n, (0,) * n, {})
 
 
@@ -108,7 +108,7 @@ def _transport(arguments: tuple[Any, ...], seconds: float) -> Iterator[Figure]:
         sides = {name: partial(_timed, source) for name, source in sources.items()}
         took, turns = take_turns(sides, seconds)
     rates = {name: BATCH * BATCHES / value for name, value in took.items()}
-    nbytes = BATCH * sum(c.count * c.size**2 for c in arguments[0].views.crops)
+    nbytes = BATCH * arguments[0].views.crop_values
     about = f"ready-made batches of {BATCH} x (2 x 224 px + 6 x 92 px), {nbytes / 1e6:.1f} MB in uint8"
     torchs = f"torch's DataLoader with {MAKERS} workers"
     for name, value, base, versus in (

@@ -105,7 +105,7 @@ def monai_views(views: ViewConfig, row: dict[str, Any], intensity: IntensityConf
         image = window(codec.decode(data)[None].astype(np.float32))
         shape = tuple(image.shape[1:])
         if shape not in made:
-            made[shape] = [pipeline(crop.size, crop.share, shape) for crop in views.crops]
+            made[shape] = [pipeline(crop.plane[0], crop.share, shape) for crop in views.crops]
         return [
             np.stack([(view(image)[0].clamp(0, 1) * 255).byte().numpy() for _ in range(crop.count)])
             for crop, view in zip(views.crops, made[shape], strict=True)

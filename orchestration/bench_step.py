@@ -116,8 +116,8 @@ def _crops(config: TrainConfig, ranks: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     n = config.data.batch_size // ranks
     return [
-        torch.randint(0, 256, (c.count, n, c.size, c.size), dtype=torch.uint8, generator=generator)
-        for c in config.views.crops
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        for shape in config.views.stack_shapes(n)
     ]
 
 

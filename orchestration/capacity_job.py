@@ -84,7 +84,7 @@ def _job(config: TrainConfig, images: Mapping[str, int]) -> Job:
         samples=config.max_steps * config.data.batch_size,
         batch=config.data.batch_size,
         shares={m: w / sum(weights) for m, w in zip(config.data.modalities, weights, strict=True)},
-        crop_bytes=sum(c.count * c.size**2 for c in config.views.crops),
+        crop_bytes=config.views.crop_values,
         parameters=sum(model.parameters.values()),
         checkpoint_bytes=model.checkpoint_bytes,
         checkpoints=config.checkpoint.keep,

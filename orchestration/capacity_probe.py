@@ -116,8 +116,7 @@ def _views(
     while used < seconds:
         step += 1
         used += _cpu_of(partial(maker, step))
-    crops = " + ".join(f"{c.count} x {c.size}" for c in own.views.crops)
-    of = f"{step * size} {'generated ' if generated else ''}images, {crops}"
+    of = f"{step * size} {'generated ' if generated else ''}images, {own.views.crops_text}"
     return Figure(step * size / used, "samples/s and core", "measured", of)
 
 

@@ -105,7 +105,8 @@ def documented_views(config: TrainConfig) -> dict[str, Figure]:
     crops = tuple((c.count, c.size) for c in config.views.crops)
     if crops != PAPER_CROPS:
         raise UserError(
-            f"no figure of the docs is for crops of {_crops(crops)}: add --measure, or give --core-rate"
+            f"no figure of the docs is for crops of {config.views.crops_text}: add --measure, or give "
+            "--core-rate"
         )
     return {m: _VIEWS.get(m, _as_ct(m)) for m in config.data.modalities}
 
@@ -121,9 +122,8 @@ def documented_gpu(config: TrainConfig, kind: str) -> Figure:
     if found is None or crops != PAPER_CROPS:
         known = ", ".join(f"{k} {b}" for k, b in _GPUS)
         raise UserError(
-            f"no figure of the docs is for {config.model.backbone} with crops of {_crops(crops)} on a {kind} "
-            f"(there is, for {_crops(PAPER_CROPS)}: {known}): give --step-seconds or "
-            "--gpu-rate"
+            f"no figure of the docs is for {config.model.backbone} with crops of {config.views.crops_text} "
+            f"on a {kind} (there is, for {_crops(PAPER_CROPS)}: {known}): give --step-seconds or --gpu-rate"
         )
     return Figure(found[0], "samples/s and GPU", "docs", f"docs/capacity.md: {found[1]}")
 

@@ -295,8 +295,8 @@ def write_results(
 def budget(config: TrainConfig) -> str:
     """What a pretraining may use, in words: the pixels of its crops stand for its time."""
     images = config.max_steps * config.data.batch_size
-    crops = " + ".join(f"{c.count}x{c.size}" for c in config.views.crops)
-    pixels = images * sum(c.count * c.size**2 for c in config.views.crops)
+    crops = " + ".join(f"{c.count}x{c.size_text}" for c in config.views.crops)
+    pixels = images * config.views.crop_values
     return (
         f"{config.model.backbone}, {config.max_steps:,} steps of {config.data.batch_size} images, "
         f"crops {crops} px, {pixels / 1e9:.2f} billion pixels of crops"

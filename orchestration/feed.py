@@ -335,7 +335,7 @@ def choose_feeders(
 def batch_bytes(config: "TrainConfig", world: int) -> int:
     """Bytes of the uint8 crops of one batch of one rank."""
     images = config.data.batch_size // world
-    return images * sum(group.count * group.size**2 for group in config.views.crops)
+    return images * config.views.crop_values
 
 
 def object_store_bytes(config: "TrainConfig", world: int, feeders: int, at_least: int) -> int:

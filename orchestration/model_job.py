@@ -182,7 +182,12 @@ def _parts(images: Images, source: "Source") -> "list[Part]":
 
     info = source.info
     return open_parts(
-        location(images.dataset), info.intensity, info.modalities, images.split, images.modalities
+        location(images.dataset),
+        info.intensity,
+        info.modalities,
+        images.split,
+        images.modalities,
+        info.volume,
     )
 
 

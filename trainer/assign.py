@@ -7,6 +7,7 @@ that of the image's own group (its modality) with the largest cosine, the distan
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +17,23 @@ from torch.nn.functional import normalize
 
 from shards.errors import UserError
 from shards.tar import ShardReader
-from trainer.batches import whole_image
 from trainer.config import SHARED
-from trainer.embed import Part, Progress, image_batches, key_fields, on_device, rows_of, table_writer
+from trainer.embed import (
+    Part,
+    Progress,
+    image_batches,
+    key_fields,
+    on_device,
+    rows_of,
+    size_for,
+    size_name,
+    table_writer,
+)
 from trainer.export import info_text, load_strictly
 from trainer.models.encoders import check_encoder, feature_dim
 from trainer.models.heads import projection_head
 from trainer.source import Source
+from trainer.whole import whole_image, whole_sample
 
 _GROUP_ROWS = 65_536  # of one row group
 
@@ -89,9 +100,10 @@ def assign(
 
     nearest: images of each prototype to keep for a contact sheet. Raises UserError; then there is no `out`.
     """
-    info, size = source.info, size or source.info.size
+    info = source.info
+    whole = size_for(info, size)
     fix = "give another --size"
-    check_encoder(source.network, info.backbone, info.in_channels, [size], modes=(False,), fix=fix)
+    check_encoder(source.network, info.backbone, info.in_channels, [whole], modes=(False,), fix=fix)
     projector = open_projector(source)
     strange = [part.modality for part in parts if part.modality not in projector.prototypes]
     if strange:
@@ -104,7 +116,7 @@ def assign(
             pa.field("prototype", pa.int32(), nullable=False),
             pa.field("distance", pa.float32(), nullable=False),
         ],
-        metadata={"medswav_encoder": info_text(info), "medswav_image_size": str(size)},
+        metadata={"medswav_encoder": info_text(info), "medswav_image_size": size_name(whole)},
     )
     done, found = 0, []
     with on_device(projector.network, device) as run, table_writer(out, schema, _GROUP_ROWS) as write:
@@ -112,7 +124,7 @@ def assign(
             prototypes = projector.prototypes[part.modality]
             kept = _Nearest(nearest)
             counts = np.zeros(len(prototypes), np.int64)
-            for first, count, images in image_batches(root, part, size, batch_size, threads):
+            for first, count, images in image_batches(root, part, whole, batch_size, threads):
                 chosen, distance = nearest_prototypes(run(images, info.in_channels)[:count], prototypes)
                 columns = {"prototype": pa.array(chosen), "distance": pa.array(distance)}
                 write(rows_of(part, first, count, schema, columns))
@@ -163,8 +175,21 @@ class _Nearest:
 
 
 def pictures(root: str, part: Part, rows: NDArray[np.int64], side: int) -> list[NDArray[np.uint8]]:
-    """Images of a contact sheet: uint8 [side, side]."""
+    """Images of a contact sheet: uint8 [side, side]; of a volume the middle slice of its box."""
     reader = ShardReader(root)
-    images = [whole_image(reader, part.modality, part.rows.row(int(i)), side, part.intensity) for i in rows]
+    images = [_picture(reader, part, part.rows.row(int(i)), side) for i in rows]
     reader.close()
     return [(image * 255).round().astype(np.uint8) for image in images]
+
+
+def _picture(reader: ShardReader, part: Part, row: dict[str, Any], side: int) -> NDArray[np.float32]:
+    if part.volume is None:
+        return whole_image(reader, part.modality, row, side, part.intensity)
+    slices, rows, columns = part.volume.box
+    config = part.volume.model_copy(update={"box": (slices, side, max(1, round(side * columns / rows)))})
+    middle = whole_sample(reader, part.modality, row, config.box, part.intensity, config)[slices // 2]
+    picture = np.zeros((side, side), np.float32)
+    kept = middle[:, :side]
+    start = (side - kept.shape[1]) // 2
+    picture[:, start : start + kept.shape[1]] = kept
+    return picture

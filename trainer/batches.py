@@ -12,23 +12,28 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards import catalog, exclusions, reads
-from shards.codec import MAXIMUM_REDUCE, Codec, get_codec
+from shards import exclusions, reads
+from shards.codec import MAXIMUM_REDUCE
 from shards.commit import committed_units
 from shards.dataset import read_info
 from shards.errors import UserError
 from shards.ids import digest
 from shards.objects import open_store
 from shards.order import Blocks, lane_draws, lane_steps, sample_at
-from shards.tar import ShardReader
 from trainer.augment import crops, views
-from trainer.augment.bands import BandStatistics, Pyramid, fit_statistics
+from trainer.augment.bands import BandStatistics, Pyramid, VolumePyramid, fit_statistics
 from trainer.augment.intensity import to_unit
 from trainer.augment.views import Prepared
-from trainer.config import DataConfig, IntensityConfig, Range, TrainConfig, ViewConfig, check_world
+from trainer.augment.volume_views import PreparedVolume, prepare_volume, volume_views_of
+from trainer.config import (
+    DataConfig,
+    Range,
+    TrainConfig,
+    ViewConfig,
+    check_world,
+)
 from trainer.labels import LabelSet, SampleLabels, label_sets, sample_labels
 from trainer.reading import BatchReads, Key, ReadAhead, open_reader, place_of
 from trainer.rows import NEEDED_COLUMNS as NEEDED_COLUMNS
@@ -37,6 +42,10 @@ from trainer.rows import Plan, Rows, in_order
 from trainer.rows import open_modality as open_modality
 from trainer.rows import rows_of as rows_of
 from trainer.sampling import rank_parts, sampling_weights
+from trainer.volumes import box_of, decode_slices, slices_in
+from trainer.whole import decode
+from trainer.whole import eval_images as eval_images
+from trainer.whole import whole_image as whole_image
 
 _FIT_BATCH = 64  # images read together for the band statistics
 REFERENCE_IMAGES = 1000  # R of the paper: images that the band statistics are fitted to
@@ -46,10 +55,11 @@ REFERENCE_IMAGES = 1000  # R of the paper: images that the band statistics are f
 class Batch:
     """The part of one step's batch that one rank holds.
 
-    crops: a uint8 array [count, n, size, size] for each group of crops; n = M * b images, modality-major:
-    the first b belong to modalities[0]. keys, passes: [n]. seconds: spent in read, decode, augment. sizes:
-    images of each modality, where data.sampling makes them unequal; None: n / M of each. labels: of each set
-    of supervision.labels, see trainer.labels.SampleLabels.of. reads: shards.reads.Counts of what was read.
+    crops: a uint8 array [count, n, size, size] (of volumes [count, n, slices, rows, columns]) for each group
+    of crops; n = M * b images, modality-major: the first b belong to modalities[0]. keys, passes: [n].
+    seconds: spent in read, decode, augment. sizes: images of each modality, where data.sampling makes them
+    unequal; None: n / M of each. labels: of each set of supervision.labels, see
+    trainer.labels.SampleLabels.of. reads: shards.reads.Counts of what was read.
     """
 
     step: int
@@ -156,7 +166,7 @@ class BatchMaker:
         self._label_sets, self._labels = labels, dict[str, dict[str, SampleLabels]]()
         self._opened: dict[str, Rows] | None = None
         self._ahead: ReadAhead | None = None
-        self._cache: dict[tuple[str, int], Prepared] = {}
+        self._cache: dict[tuple[str, int], Prepared | PreparedVolume] = {}
         self._cached_bytes = 0
 
     @property
@@ -171,7 +181,7 @@ class BatchMaker:
         plan = of_batch.plan
         seconds = {"read": 0.0, "decode": 0.0, "augment": 0.0}
         n = sum(len(index) for index, _ in plan.values())
-        stacks = tuple(np.empty((c.count, n, c.size, c.size), np.uint8) for c in config.views.crops)
+        stacks = tuple(np.empty(shape, np.uint8) for shape in config.views.stack_shapes(n))
         keys: list[str] = []
         passes: list[int] = []
         for name in config.data.modalities:
@@ -181,7 +191,7 @@ class BatchMaker:
                 began = time.perf_counter()
                 key = modality.key(index)
                 random_key = (config.seed, _number(key), number)
-                groups = views.views_of(prepared, config.views, bands, random_key, size_range)
+                groups = _views_of(prepared, config, bands, random_key, size_range)
                 for stack, group in zip(stacks, groups, strict=True):
                     stack[:, len(keys)] = group
                 keys.append(key)
@@ -221,7 +231,7 @@ class BatchMaker:
 
     def _prepared(
         self, modality: Rows, index: int, of_batch: BatchReads, seconds: dict[str, float]
-    ) -> Prepared:
+    ) -> Prepared | PreparedVolume:
         cached = self._cache.get((modality.name, index))
         if cached is not None:
             return cached
@@ -264,7 +274,7 @@ def fit_bands(
     opened = [open_modality(config.data, name) for name in config.data.modalities]
     done, total = 0, sum(min(limit, len(modality)) for modality in opened)
 
-    def told(pyramids: Iterator[Pyramid]) -> Iterator[Pyramid]:
+    def told(pyramids: Iterator[Pyramid | VolumePyramid]) -> Iterator[Pyramid | VolumePyramid]:
         nonlocal done
         for pyramid in pyramids:
             yield pyramid
@@ -282,51 +292,9 @@ def fit_bands(
     return statistics
 
 
-def eval_images(
-    root: str,
-    modality: str,
-    size: int,
-    intensity: IntensityConfig | Mapping[str, IntensityConfig],
-    split: str | None = None,
-) -> tuple[tuple[str, ...], NDArray[np.float32], pa.Table]:
-    """Whole images for probes, sorted by key: keys, f32[n, 1, size, size] in [0, 1], catalogue rows.
-
-    intensity: of the modality, or data.intensity. See whole_image.
-    """
-    own = intensity if isinstance(intensity, IntensityConfig) else intensity.get(modality, IntensityConfig())
-    table = catalog.load(root, modality, split=split)
-    rows = Modality(modality, table)
-    reader = ShardReader(root)
-    images = np.zeros((len(rows), 1, size, size), np.float32)
-    for i in range(len(rows)):
-        images[i, 0] = whole_image(reader, modality, rows.row(i), size, own)
-    return tuple(table["key"].to_pylist()), images, table
-
-
-def whole_image(
-    reader: ShardReader, modality: str, row: Mapping[str, Any], size: int, intensity: IntensityConfig
-) -> NDArray[np.float32]:
-    """One image (`row` of Modality.row) as f32[size, size] in [0, 1].
-
-    It is shrunk by area averaging (or enlarged linearly) until its longer side is `size`, and centred on
-    black: the aspect is kept and nothing is cut off.
-    """
-    longer, reduce = max(row["rows"], row["columns"]), 0
-    while reduce < MAXIMUM_REDUCE and longer >> (reduce + 1) >= size:
-        reduce += 1
-    image = to_unit(_decode(_read(reader, modality, row), row, reduce), row, intensity)
-    scale = size / max(image.shape)
-    height, width = (min(max(round(s * scale), 1), size) for s in image.shape)
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    y, x = (size - height) // 2, (size - width) // 2
-    whole = np.zeros((size, size), np.float32)
-    whole[y : y + height, x : x + width] = cv2.resize(image, (width, height), interpolation=method)
-    return whole
-
-
 def _pyramids(
     config: TrainConfig, modality: Rows, indices: list[int], reader: reads.BatchReader
-) -> Iterator[Pyramid]:
+) -> Iterator[Pyramid | VolumePyramid]:
     seconds = {"read": 0.0, "decode": 0.0, "augment": 0.0}
     for first in range(0, len(indices), _FIT_BATCH):
         batch = indices[first : first + _FIT_BATCH]
@@ -343,33 +311,40 @@ def _prepare(
     data: bytes,
     seconds: dict[str, float],
     with_bands: bool | None = None,
-) -> Prepared:
+) -> Prepared | PreparedVolume:
     """One sample decoded no further than its views need, and split into bands."""
     row = modality.row(index)
-    size_range = _size_range(config, modality.name)
-    began = time.perf_counter()
-    pixels = _decode(data, row, choose_reduce((row["rows"], row["columns"]), config.views, size_range))
-    decoded = time.perf_counter()
-    intensity = config.data.intensity.get(modality.name, IntensityConfig())
     if with_bands is None:
         with_bands = config.views.energy_probability > 0
+    intensity = config.data.intensity_of(modality.name)
+    began = time.perf_counter()
+    if config.views.volume is not None:
+        volume = decode_slices(slices_in(data, row), row)
+        decoded = time.perf_counter()
+        box = box_of(volume, row, config.views.volume, intensity)
+        boxed = prepare_volume(box, config.views, with_bands)
+        seconds["decode"] += decoded - began
+        seconds["augment"] += time.perf_counter() - decoded
+        return boxed
+    size_range = _size_range(config, modality.name)
+    pixels = decode(data, row, choose_reduce((row["rows"], row["columns"]), config.views, size_range))
+    decoded = time.perf_counter()
     prepared = views.prepare(to_unit(pixels, row, intensity), config.views, with_bands, size_range)
     seconds["decode"] += decoded - began
     seconds["augment"] += time.perf_counter() - decoded
     return prepared
 
 
-def _read(reader: ShardReader, modality: str, row: Mapping[str, Any]) -> bytes:
-    place = reads.Place(modality, row["shard"], row["offset"], row["size"], row.get("crc32"))
-    return reads.read_one(reader, place)
-
-
-def _decode(data: bytes, row: Mapping[str, Any], reduce: int) -> NDArray:
-    codec: Codec = get_codec(row["codec"])
-    try:
-        return codec.decode(data, reduce)
-    except ValueError:  # of a sample without a CRC-32: the others are refused when they are read
-        raise reads.damaged_shard(row["shard"], row["offset"]) from None
+def _views_of(
+    prepared: Prepared | PreparedVolume,
+    config: TrainConfig,
+    bands: BandStatistics | None,
+    key: tuple[int, ...],
+    size_range: Range,
+) -> list[NDArray[np.uint8]]:
+    if isinstance(prepared, PreparedVolume):
+        return volume_views_of(prepared, config.views, bands, key)
+    return views.views_of(prepared, config.views, bands, key, size_range)
 
 
 def _size_range(config: TrainConfig, modality: str) -> Range:

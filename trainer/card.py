@@ -16,7 +16,7 @@ from trainer.formats import INPUT, OUTPUT, Written
 from trainer.models.encoders import is_users_own
 from trainer.source import Source
 
-NAMES = {"xr": "X-ray", "ct": "CT", "mr": "MR", "us": "Ultrasound"}
+NAMES = {"xr": "X-ray", "ct": "CT", "mr": "MR", "us": "Ultrasound", "ct_volumes": "CT volumes"}
 _UNKNOWN = "not at hand when this card was written"
 _SHOWN = (
     "loss",
@@ -43,8 +43,7 @@ def model_card(source: Source, written: Written) -> str:
         _table(_about_file(info, written)),
         "## Loading",
         f"```python\n{loader(info, written, getattr(source.network, 'classifier_name', 'fc'))}\n```",
-        "Images are grey, in [0, 1], after the window below; no mean is taken out. A whole image is best "
-        f"given with its longer side at {info.size} px.",
+        _input(info),
         "## Intensity windows",
         _table({NAMES.get(m, m): _window(info.intensity.get(m, IntensityConfig())) for m in info.modalities}),
         "## Data",
@@ -79,18 +78,33 @@ _LIMITS = (
 )
 
 
+def _input(info: EncoderInfo) -> str:
+    if info.volume is None:
+        return (
+            "Images are grey, in [0, 1], after the window below; no mean is taken out. A whole image is best "
+            f"given with its longer side at {info.size_text}."
+        )
+    crop = "the head in it (trainer.volumes.to_box)" if info.volume.head_crop else "the whole volume in it"
+    return (
+        f"Volumes are axial, in [0, 1], after the window below, brought to a box of {info.size_text} with "
+        f"{crop}: float32 [n, channels, slices, rows, columns]."
+    )
+
+
 def loader(info: EncoderInfo, written: Written, classifier: str = "fc") -> str:
     """Python that loads the file, a few lines. classifier: the layer of torchvision's that was cut off."""
     name, channels = written.path.name, written.in_channels
+    axes = "H, W" if info.volume is None else "Z, Y, X"
     if written.format == "torch-export":
         return (
             f"import torch\n\nencoder = torch.export.load({name!r}).module()\n"
-            f"features = encoder(images)  # float32 [n, {channels}, H, W]"
+            f"features = encoder(images)  # float32 [n, {channels}, {axes}]"
         )
     if written.format == "onnx":
         return (
             f"import onnxruntime\n\nencoder = onnxruntime.InferenceSession({name!r})\n"
-            f"features = encoder.run([{OUTPUT!r}], {{{INPUT!r}: images}})[0]  # float32 [n, {channels}, H, W]"
+            f"features = encoder.run([{OUTPUT!r}], {{{INPUT!r}: images}})[0]"
+            f"  # float32 [n, {channels}, {axes}]"
         )
     kind = info.backbone.rpartition(":")[2]
     options = "".join(f", {key}={value!r}" for key, value in sorted(info.backbone_options.items()))
@@ -150,11 +164,12 @@ def _counts(config: TrainConfig, info: EncoderInfo) -> dict[str, str] | None:
     try:
         if dataset_fingerprint(config.data.dataset) != info.dataset_fingerprint:
             return None
-        found = catalog.counts(config.data.dataset)
+        found = catalog.counts(config.data.dataset, volumes=info.volume is not None)
     except UserError:
         return None
     return {
-        modality: ", ".join(f"{split} {count:,}" for split, count in splits.items()) + " images"
+        modality: ", ".join(f"{split} {count:,}" for split, count in splits.items())
+        + (" images" if info.volume is None else " volumes")
         for modality, splits in found.items()
     }
 
@@ -163,7 +178,7 @@ def _training(source: Source) -> dict[str, str]:
     config = source.config
     if config is None:
         return {}
-    crops = ", ".join(f"{group.count} of {group.size} px" for group in config.views.crops)
+    crops = ", ".join(f"{group.count} of {group.size_text} px" for group in config.views.crops)
     rows = {
         "Batch": f"{config.data.batch_size} images",
         "Crops": crops,

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.config import VOLUME_BACKBONES, ModelConfig
+from trainer.config import ModelConfig
 from trainer.models.embedder import Embedder
 from trainer.models.recompute import recompute_activations
 from trainer.models.resnet import ResNet
@@ -29,7 +29,7 @@ def prepare_network(model: Embedder, config: ModelConfig, device: torch.device, 
     allow it.
     """
     model.to(device).train()
-    if config.backbone not in VOLUME_BACKBONES:
+    if not any(p.ndim == 5 for p in model.parameters()):  # a network for volumes
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.sync_batchnorm != "off" and world > 1:
         synchronise(model, node_group(device) if config.sync_batchnorm == "node" else None)

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from shards.errors import UserError
+from shards.schema import is_volumes
 from shards.settings import apply_override
 from trainer.config_data import CropConfig as CropConfig
 from trainer.config_data import DataConfig as DataConfig
@@ -25,6 +26,7 @@ from trainer.config_data import OrderConfig as OrderConfig
 from trainer.config_data import Range as Range
 from trainer.config_data import Strict
 from trainer.config_data import ViewConfig as ViewConfig
+from trainer.config_data import VolumeConfig as VolumeConfig
 from trainer.config_objectives import SHARED as SHARED
 from trainer.config_objectives import LabelSetConfig as LabelSetConfig
 from trainer.config_objectives import SimclrConfig as SimclrConfig
@@ -205,11 +207,7 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        if self.model.backbone in VOLUME_BACKBONES:
-            raise ValueError(
-                f"model.backbone={self.model.backbone} takes volumes, and views.crops are cut from images: "
-                "choose a network for images"
-            )
+        self._check_dimensions()
         for one in self.supervision.labels:
             strange = sorted(set(one.modalities) - set(self.data.modalities))
             if strange:
@@ -229,6 +227,38 @@ class TrainConfig(Strict):
                 f"log_every_steps={self.log_every_steps}: what is found is written with a logged step"
             )
         return self
+
+    def _check_dimensions(self) -> None:
+        """Data, views and network are all of images or all of volumes."""
+        names, views, backbone = self.data.modalities, self.views, self.model.backbone
+        volumes = [name for name in names if is_volumes(name)]
+        if volumes and len(volumes) < len(names):
+            images = next(name for name in names if not is_volumes(name))
+            raise ValueError(
+                f"data.modalities mixes volumes ({volumes[0]}) and images ({images}), and a network takes "
+                "one of the two: make a run of each"
+            )
+        if volumes and views.volume is None:
+            raise ValueError(
+                f"{volumes[0]} holds volumes, and views.crops are cut from images: set views.volume={{}}, or "
+                f"data.modalities to their slices, {volumes[0].removesuffix('_volumes')}"
+            )
+        if views.volume is not None and not volumes:
+            raise ValueError(
+                f"views.volume is for volumes, and {names[0]} holds images: set data.modalities to volumes "
+                f"like {names[0]}_volumes, or views.volume=null"
+            )
+        if backbone in VOLUME_BACKBONES and not volumes:
+            raise ValueError(
+                f"model.backbone={backbone} takes volumes, and {names[0]} holds images: choose a network for "
+                f"images, or set data.modalities=[{names[0]}_volumes] and views.volume={{}}"
+            )
+        ours = backbone in OWN_BACKBONES or backbone.partition(":")[0] in LIBRARIES
+        if volumes and ours and backbone not in VOLUME_BACKBONES:
+            raise ValueError(
+                f"model.backbone={backbone} takes images, and {volumes[0]} holds volumes: set it to "
+                f"{' or '.join(VOLUME_BACKBONES)}"
+            )
 
     def _check_accumulation(self) -> None:
         parts, share = self.optim.accumulation, self.data.per_modality
@@ -255,7 +285,7 @@ class TrainConfig(Strict):
         if [group.count for group in crops] != [2]:
             raise ValueError(
                 f"method=simclr compares two crops of one size and would leave others unused: set "
-                f"views.crops=[{{count: 2, size: {crops[0].size}, share: {list(crops[0].share)}}}]"
+                f"views.crops=[{{count: 2, size: {crops[0].size_text}, share: {list(crops[0].share)}}}]"
             )
 
     def _check_swav(self) -> None:

@@ -1,9 +1,11 @@
 """The settings of the data side: what is read, and the views of an image. Part of trainer.config."""
 
-from typing import Literal
+from math import prod
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Pixels = Annotated[int, Field(gt=0)]
 Probability = float
 Range = tuple[float, float]
 
@@ -25,6 +27,9 @@ class IntensityConfig(Strict):
         if (self.mode == "fixed") != (self.center is not None and self.width is not None):
             raise ValueError("center and width go with mode=fixed, and mode=fixed needs both")
         return self
+
+
+_HEAD = IntensityConfig(mode="fixed", center=55, width=200)  # method.md section 6
 
 
 class OrderConfig(Strict):
@@ -68,6 +73,10 @@ class DataConfig(Strict):
     node_cache: str | None = None  # a folder on a disk of the node: blocks of shards, shared by its processes
     node_cache_bytes: int = Field(default=64 << 30, ge=1 << 30)  # the files in that folder
 
+    def intensity_of(self, modality: str) -> IntensityConfig:
+        """As set; head CT volumes that are not named have the window of the 3D network."""
+        return self.intensity.get(modality, _HEAD if modality == "ct_volumes" else IntensityConfig())
+
     @property
     def per_modality(self) -> int:
         """B/M: images of one modality in a global batch, with sampling=equal."""
@@ -105,16 +114,48 @@ class DataConfig(Strict):
 
 class CropConfig(Strict):
     """One group of crops of equal size. `share` is the fraction of the (border-cropped) image area that a
-    crop covers, drawn uniformly; it is used by geometry `recommended` only."""
+    crop covers, drawn uniformly; it is used by geometry `recommended` only. Of a volume a crop is cut in the
+    plane and keeps all slices."""
 
     count: int = Field(gt=0)
-    size: int = Field(gt=0)  # px, square
+    size: Pixels | tuple[Pixels, Pixels]  # px: the side of a square; of volumes also (rows, columns)
     share: Range = (0.14, 1.0)
+
+    @property
+    def plane(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def size_text(self) -> str:
+        """224, or 224x192 where it is no square."""
+        return str(self.size) if isinstance(self.size, int) else "x".join(map(str, self.size))
 
     @model_validator(mode="after")
     def _share_is_a_fraction(self) -> "CropConfig":
         if not 0 < self.share[0] <= self.share[1] <= 1:
             raise ValueError(f"share={list(self.share)} must be a rising range of fractions above 0, up to 1")
+        return self
+
+
+class VolumeConfig(Strict):
+    """How volumes become boxes and views (trainer.volumes, docs/volumes.md): the 3D column of Table I.
+
+    head_crop: the head fills the box; false: the whole volume does. threshold: what is denser is patient, in
+    HU, or in stored units of another modality. size_range: (rows, columns) of the plane after rescaling, from
+    the smallest to the largest, for geometry `paper`.
+    """
+
+    box: tuple[Pixels, Pixels, Pixels] = (40, 224, 192)  # slices, rows, columns
+    head_crop: bool = True
+    threshold: float = -200.0
+    size_range: tuple[tuple[Pixels, Pixels], tuple[Pixels, Pixels]] = ((112, 96), (250, 200))
+
+    @model_validator(mode="after")
+    def _rising(self) -> "VolumeConfig":
+        (rows, columns), (most_rows, most_columns) = self.size_range
+        if rows > most_rows or columns > most_columns:
+            raise ValueError("size_range must rise from the smallest (rows, columns) to the largest")
         return self
 
 
@@ -139,6 +180,7 @@ class ViewConfig(Strict):
     linear_gain: Range = (0.9, 1.1)
     linear_offset: Range = (-0.2, 0.2)
     band_statistics: str | None = None  # file of `medswav fit-energy`; None: RUN/bands.json, fitted at start
+    volume: VolumeConfig | None = None  # the modalities are volumes; None: images
 
     @model_validator(mode="after")
     def _possible(self) -> "ViewConfig":
@@ -155,6 +197,12 @@ class ViewConfig(Strict):
             raise ValueError(f"gamma={list(self.gamma)} must be above 0")
         if not self.crops:
             raise ValueError("crops must name at least one group")
+        if self.volume is None and any(not isinstance(c.size, int) for c in self.crops):
+            raise ValueError(
+                "crops of (rows, columns) are cut from volumes: give one number, or set views.volume={}"
+            )
+        if self.volume is not None and self.size_range:
+            raise ValueError("size_range is for images: set views.volume.size_range")
         if not 1 <= len(self.sigmas) <= 16 or not all(sigma > 0 for sigma in self.sigmas):
             raise ValueError("sigmas must be 1 to 16 positive numbers of pixels")
         return self
@@ -162,6 +210,31 @@ class ViewConfig(Strict):
     @property
     def n_crops(self) -> int:
         return sum(c.count for c in self.crops)
+
+    @property
+    def crop_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each group of crops, in their order: (rows, columns), or (slices, rows, columns) of volumes."""
+        depth = () if self.volume is None else (self.volume.box[0],)
+        return tuple((*depth, *crop.plane) for crop in self.crops)
+
+    def stack_shapes(self, n: int) -> list[tuple[int, ...]]:
+        """Of the uint8 arrays of n samples: (count, n, *crop shape) of each group of crops."""
+        return [(c.count, n, *shape) for c, shape in zip(self.crops, self.crop_shapes, strict=True)]
+
+    @property
+    def crop_values(self) -> int:
+        """Pixels, or voxels, of all crops of a sample: its bytes as uint8."""
+        return sum(map(prod, self.stack_shapes(1)))
+
+    @property
+    def crops_text(self) -> str:
+        """Such as 2 x 224 + 6 x 92."""
+        return " + ".join(f"{c.count} x {c.size_text}" for c in self.crops)
+
+    @property
+    def whole_size(self) -> int | tuple[int, int, int]:
+        """Of a whole sample for evaluation: the side of an image in px, or the box of a volume."""
+        return self.whole_image_size if self.volume is None else self.volume.box
 
     @property
     def whole_image_size(self) -> int:
@@ -173,6 +246,6 @@ class ViewConfig(Strict):
         """
         if self.geometry == "paper":
             return min(round(sum(self.default_size_range) / 2), 512)
-        large = max(self.crops, key=lambda crop: crop.size)
+        large = max(self.crops, key=lambda crop: crop.plane)
         inside = (1 - 2 * self.border[0]) * (1 - 2 * self.border[1])
-        return min(round(large.size / (sum(large.share) / 2 * inside) ** 0.5), 512)
+        return min(round(large.plane[0] / (sum(large.share) / 2 * inside) ** 0.5), 512)

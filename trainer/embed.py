@@ -1,4 +1,4 @@
-"""Pooled features of whole images, streamed to Parquet by key.
+"""Pooled features of whole images (or the boxes of volumes), streamed to Parquet by key.
 
 A batch always has the same shape (the last one is filled with black), so the features of an image do not
 depend on which others were asked for. Rows come modality by modality, each sorted by key. The file appears
@@ -27,23 +27,28 @@ from shards.errors import UserError
 from shards.schema import Split, is_volumes
 from shards.tar import ShardReader
 from trainer import files
-from trainer.batches import NEEDED_COLUMNS, Modality, whole_image
-from trainer.config import IntensityConfig
+from trainer.batches import Modality
+from trainer.config import IntensityConfig, VolumeConfig
 from trainer.export import EncoderInfo, info_text
 from trainer.models.encoders import check_encoder, feature_dim
+from trainer.rows import load_rows
+from trainer.whole import whole_sample, whole_shape
 
 Progress = Callable[[int], None]  # images done
+Whole = int | tuple[int, int, int]  # side of an image in px, or box of a volume
 _GROUP_BYTES = 32 << 20  # of one row group
 _AHEAD = 2  # batches that are decoded while one is computed
 
 
 @dataclass(frozen=True)
 class Part:
-    """The images of one modality: catalogue rows sorted by key, with their split, and how they are read."""
+    """The images, or volumes, of one modality: catalogue rows sorted by key, with their split, and how they
+    are read. volume: how volumes become boxes."""
 
     modality: str
     rows: Modality
     intensity: IntensityConfig
+    volume: VolumeConfig | None = None
 
     @property
     def splits(self) -> dict[str, int]:
@@ -57,23 +62,27 @@ def open_parts(
     modalities: Sequence[str],
     split: str | None = None,
     chosen: Sequence[str] | None = None,
+    volume: VolumeConfig | None = None,
 ) -> list[Part]:
     """The images to go through. modalities: those of the encoder, of which the dataset need not have all;
-    chosen: those that are asked for, which it must have. Raises UserError."""
+    chosen: those that are asked for, which it must have. volume: of an encoder that takes volumes. Raises
+    UserError."""
     for name in chosen or ():
-        if is_volumes(name):
-            raise UserError(f"{name} holds volumes, an encoder takes 2D images: name their slices")
-    parts = []
+        if is_volumes(name) and volume is None:
+            raise UserError(f"{name} holds volumes, the encoder takes 2D images: name their slices")
+        if not is_volumes(name) and volume is not None:
+            raise UserError(f"{name} holds 2D images, the encoder takes volumes: name {name}_volumes")
+    parts, kind = [], "images" if volume is None else "volumes"
     for name in chosen or modalities:
-        table = catalog.load(root, name, [*NEEDED_COLUMNS, "split"], split)
-        if table.num_rows:
-            parts.append(Part(name, Modality(name, table), intensity.get(name, IntensityConfig())))
+        rows = load_rows(root, name, split, ("split",))
+        if len(rows):
+            parts.append(Part(name, rows, intensity.get(name, IntensityConfig()), volume))
         elif chosen:
-            raise UserError(f"the dataset has no {name} images{_of_split(split)} ({_there(root)})")
+            raise UserError(f"the dataset has no {name} {kind}{_of_split(split)} ({_there(root, volume)})")
     if not parts:
         raise UserError(
-            f"the dataset has no images of {', '.join(modalities)}{_of_split(split)}, which the encoder was "
-            f"trained on ({_there(root)}): name others with --modality"
+            f"the dataset has no {kind} of {', '.join(modalities)}{_of_split(split)}, which the encoder was "
+            f"trained on ({_there(root, volume)}): name others with --modality"
         )
     return parts
 
@@ -82,22 +91,24 @@ def _of_split(split: str | None) -> str:
     return "" if split is None else f" in split {split}"
 
 
-def _there(root: str) -> str:
-    names = [name for name, splits in catalog.counts(root).items() if sum(splits.values())]
+def _there(root: str, volume: VolumeConfig | None) -> str:
+    counts = catalog.counts(root, volumes=volume is not None)
+    names = [name for name, splits in counts.items() if sum(splits.values())]
     return f"modalities there: {', '.join(names) or 'none'}"
 
 
 def image_batches(
-    root: str, part: Part, size: int, batch_size: int, threads: int
+    root: str, part: Part, size: Whole, batch_size: int, threads: int
 ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-    """(first row, number of rows, f32 [batch_size, 1, size, size]) in order; rows after the last are 0.
+    """(first row, number of rows, f32 [batch_size, 1, *whole_shape(size)]) in order; rows after the last: 0.
 
     Images are decoded by `threads` threads, a few batches ahead. Raises UserError.
     """
     reader = ShardReader(root)
 
     def load(index: int) -> NDArray[np.float32]:
-        return whole_image(reader, part.modality, part.rows.row(index), size, part.intensity)
+        row = part.rows.row(index)
+        return whole_sample(reader, part.modality, row, size, part.intensity, part.volume)
 
     cv2.setNumThreads(1)
     part.rows.row(0)  # its columns are made contiguous once, not by every thread
@@ -114,9 +125,9 @@ def image_batches(
 
 
 def _collected(
-    first: int, loading: list[Future[NDArray[np.float32]]], batch_size: int, size: int
+    first: int, loading: list[Future[NDArray[np.float32]]], batch_size: int, size: Whole
 ) -> tuple[int, int, NDArray[np.float32]]:
-    batch = np.zeros((batch_size, 1, size, size), np.float32)
+    batch = np.zeros((batch_size, 1, *whole_shape(size)), np.float32)
     for i, image in enumerate(loading):
         batch[i, 0] = image.result()
     return first, len(loading), batch
@@ -124,8 +135,8 @@ def _collected(
 
 @contextmanager
 def on_device(network: nn.Module, name: str) -> Iterator[Callable[[NDArray[np.float32], int], Tensor]]:
-    """A function (f32 [n, 1, S, S], channels) -> features [n, F] float32 on the CPU, evaluation mode, fixed
-    kernels. name: cpu, cuda or auto. Raises UserError."""
+    """A function (f32 [n, 1, S, S] or [n, 1, Z, Y, X], channels) -> features [n, F] float32 on the CPU,
+    evaluation mode, fixed kernels. name: cpu, cuda or auto. Raises UserError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU can be used here: leave --device away, or use --device cpu")
     os.environ.setdefault(
@@ -138,7 +149,7 @@ def on_device(network: nn.Module, name: str) -> Iterator[Callable[[NDArray[np.fl
     def run(images: NDArray[np.float32], channels: int) -> Tensor:
         with torch.inference_mode():
             given = torch.from_numpy(images).to(device)
-            return network(given.expand(-1, channels, -1, -1)).float().cpu()
+            return network(given.expand(-1, channels, *given.shape[2:])).float().cpu()
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
@@ -167,16 +178,16 @@ def embed(
 
     size: px of the images; None: the encoder's. Raises UserError; then there is no file `out`.
     """
-    size = size or info.size
+    whole = size_for(info, size)
     fix = "give another --size"
-    check_encoder(network, info.backbone, info.in_channels, [size], modes=(False,), fix=fix)
+    check_encoder(network, info.backbone, info.in_channels, [whole], modes=(False,), fix=fix)
     width = feature_dim(network)
-    schema = feature_schema(width, dtype, info, size)
+    schema = feature_schema(width, dtype, info, whole)
     done = 0
     group = max(1, _GROUP_BYTES // (width * np.dtype(dtype).itemsize))
     with on_device(network, device) as run, table_writer(out, schema, group) as write:
         for part in parts:
-            for first, count, images in image_batches(root, part, size, batch_size, threads):
+            for first, count, images in image_batches(root, part, whole, batch_size, threads):
                 features = _as_finite(run(images, info.in_channels)[:count].numpy(), dtype)
                 write(rows_of(part, first, count, schema, {"features": _fixed_lists(features)}))
                 done += count
@@ -185,15 +196,28 @@ def embed(
     return width
 
 
-def feature_schema(width: int, dtype: str, info: EncoderInfo, size: int) -> pa.Schema:
+def size_for(info: EncoderInfo, asked: int | None) -> Whole:
+    """The size asked for, else the encoder's. Raises UserError where that cannot be changed."""
+    if asked is not None and info.volume is not None:
+        raise UserError(
+            f"--size {asked} is for images, the encoder takes boxes of {info.size_text}: leave it away"
+        )
+    return asked or info.size
+
+
+def feature_schema(width: int, dtype: str, info: EncoderInfo, size: Whole) -> pa.Schema:
     value = pa.float16() if dtype == "float16" else pa.float32()
     return pa.schema(
         [
             *key_fields(),
             pa.field("features", pa.list_(pa.field("item", value, nullable=False), width), nullable=False),
         ],
-        metadata={"medswav_encoder": info_text(info), "medswav_image_size": str(size)},
+        metadata={"medswav_encoder": info_text(info), "medswav_image_size": size_name(size)},
     )
+
+
+def size_name(size: Whole) -> str:
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
 def key_fields() -> list[pa.Field]:

@@ -116,7 +116,7 @@ def explain(config: TrainConfig, world: int, preset: str) -> dict[str, Any]:
 
 def batch_bytes(config: TrainConfig) -> int:
     """Bytes of the uint8 crops of a global batch, as they travel to the ranks: one channel."""
-    return config.data.batch_size * sum(c.count * c.size**2 for c in config.views.crops)
+    return config.data.batch_size * config.views.crop_values
 
 
 def _weights(config: TrainConfig, known: Known) -> Sequence[int] | None:
@@ -288,7 +288,7 @@ def _share(
         u = np.zeros(crops.DRAWS_PER_CROP)
         u[crops.SCALE] = end
         place = crops.place(shape, crop, config.views, size_range, u)
-        covered = min(place.size, place.rows) * min(place.size, place.columns)
+        covered = min(place.height, place.rows) * min(place.width, place.columns)
         shares.append(covered / (place.rows * place.columns))
     return sorted(shares)
 

@@ -36,9 +36,8 @@ def measure_model(config: TrainConfig, labels: Sequence[LabelSet] = ()) -> Model
     with torch.random.fork_rng(devices=[]), FakeTensorMode() if ours else nullcontext():
         model = build_model(config, labels)
         images = _IMAGES * len(model.groups)
-        crops = [
-            torch.zeros(c.count, images, config.model.in_channels, c.size, c.size) for c in config.views.crops
-        ]
+        channels = config.model.in_channels
+        crops = [torch.zeros(c, n, channels, *shape) for c, n, *shape in config.views.stack_shapes(images)]
         with FlopCounterMode(display=False) as counter:
             out = model(crops)
             forward = counter.get_total_flops()

@@ -21,27 +21,37 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from trainer import files
-from trainer.config import BackboneOption, IntensityConfig, TrainConfig, check_backbone
+from trainer.config import BackboneOption, IntensityConfig, TrainConfig, VolumeConfig, check_backbone
 from trainer.models.encoders import build_encoder, is_users_own
 
 FORMAT_VERSION = 2  # 2: backbone_options
-READABLE_VERSIONS = (1, 2)
+VOLUME_VERSION = 3  # of an encoder of volumes: a box as its size, and volume
+READABLE_VERSIONS = (1, FORMAT_VERSION, VOLUME_VERSION)
 
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What an encoder file says of itself. `size`: px of a whole image for it."""
+    """What an encoder file says of itself. `size`: px of a whole image for it, or the box of a volume
+    (slices, rows, columns), and then `volume`: how volumes become boxes."""
 
     backbone: str
     in_channels: int
     step: int
     modalities: tuple[str, ...]
     dataset_fingerprint: str
-    size: int
+    size: int | tuple[int, int, int]
     seed: int
     split: str
     intensity: dict[str, IntensityConfig]
     backbone_options: dict[str, BackboneOption] = field(default_factory=dict)
+    volume: VolumeConfig | None = None
+
+    @property
+    def size_text(self) -> str:
+        """Such as 224 px, or 40 x 224 x 192 voxels."""
+        if isinstance(self.size, int):
+            return f"{self.size} px"
+        return f"{' x '.join(map(str, self.size))} voxels"
 
 
 def encoder_info(config: TrainConfig, step: int, dataset_fingerprint: str) -> EncoderInfo:
@@ -51,12 +61,20 @@ def encoder_info(config: TrainConfig, step: int, dataset_fingerprint: str) -> En
         step=step,
         modalities=config.data.modalities,
         dataset_fingerprint=dataset_fingerprint,
-        size=config.views.whole_image_size,
+        size=config.views.whole_size,
         seed=config.seed,
         split=config.data.split,
-        intensity=config.data.intensity,
+        intensity=_intensity(config),
         backbone_options=config.model.backbone_options,
+        volume=config.views.volume,
     )
+
+
+def _intensity(config: TrainConfig) -> dict[str, IntensityConfig]:
+    """As set; of volumes those too that are not set."""
+    if config.views.volume is None:
+        return config.data.intensity
+    return config.data.intensity | {m: config.data.intensity_of(m) for m in config.data.modalities}
 
 
 def save_encoder(path: Path, backbone: nn.Module, info: EncoderInfo) -> None:
@@ -125,7 +143,14 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], problem: st
 
 def info_text(info: EncoderInfo) -> str:
     intensity = {name: value.model_dump(mode="json") for name, value in info.intensity.items()}
-    return json.dumps({"format": FORMAT_VERSION, **asdict(info), "intensity": intensity}, indent=1)
+    tree = {**asdict(info), "intensity": intensity}
+    if info.volume is None:
+        return json.dumps(
+            {"format": FORMAT_VERSION, **{n: v for n, v in tree.items() if n != "volume"}}, indent=1
+        )
+    return json.dumps(
+        {"format": VOLUME_VERSION, **tree, "volume": info.volume.model_dump(mode="json")}, indent=1
+    )
 
 
 def _read_info(text: str) -> EncoderInfo:
@@ -134,6 +159,9 @@ def _read_info(text: str) -> EncoderInfo:
         raise UserError("the encoder file has another format version: export it again with this version")
     tree["modalities"] = tuple(tree["modalities"])
     tree["intensity"] = {n: IntensityConfig.model_validate(v) for n, v in tree["intensity"].items()}
+    if tree.get("volume") is not None:
+        tree["volume"] = VolumeConfig.model_validate(tree["volume"])
+        tree["size"] = tuple(tree["size"])
     info = EncoderInfo(**tree)
     try:
         check_backbone(info.backbone, info.backbone_options)

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from trainer import files
+from trainer.embed import Whole, size_for, size_name
 from trainer.export import EncoderInfo, info_text, save_encoder
+from trainer.whole import whole_shape
 
 Run = Callable[[Tensor], Tensor]
 Format = Literal["encoder", "torchvision", "timm", "torch-export", "onnx"]
@@ -75,7 +77,7 @@ def write(
             about = {INFO_NAME: info_text(info), "format": "pt"}  # "pt": what timm and others look for
             files.replace_file(out, safetensors.torch.save(tensors, metadata=about))
         else:
-            return _write_graph(network, info, kind, out, size or info.size)
+            return _write_graph(network, info, kind, out, size_for(info, size))
     return Written(out, kind, info.in_channels)
 
 
@@ -112,7 +114,7 @@ def with_channels(network: nn.Module, info: EncoderInfo, channels: int) -> tuple
     return changed, replace(info, in_channels=channels)
 
 
-def _write_graph(network: nn.Module, info: EncoderInfo, kind: Format, out: Path, size: int) -> Written:
+def _write_graph(network: nn.Module, info: EncoderInfo, kind: Format, out: Path, size: Whole) -> Written:
     with _quiet():
         program, images, free = _traced(network, info.in_channels, size)
         run: Run | None
@@ -130,13 +132,16 @@ def _write_graph(network: nn.Module, info: EncoderInfo, kind: Format, out: Path,
     return Written(out, kind, info.in_channels, free, error)
 
 
-def _traced(network: nn.Module, channels: int, size: int) -> tuple[Any, Tensor, tuple[str, ...]]:
+def _traced(network: nn.Module, channels: int, size: Whole) -> tuple[Any, Tensor, tuple[str, ...]]:
     """The program, the images it was traced on, and which of their sizes are free.
 
-    Height and width are, or only the batch where the network takes one size: then that of `size`.
+    Height and width are, or only the batch where the network takes one size: then that of `size`. Of
+    volumes the batch is.
     """
-    names = {0: "batch", 2: "height", 3: "width"}
-    examples = {(0, 2, 3): torch.rand(2, channels, 64, 96), (0,): torch.rand(2, channels, size, size)}
+    names = {0: "batch", 2: "height", 3: "width"} if isinstance(size, int) else {0: "batch"}
+    examples: dict[tuple[int, ...], Tensor] = {(0,): torch.rand(2, channels, *whole_shape(size))}
+    if isinstance(size, int):
+        examples = {(0, 2, 3): torch.rand(2, channels, 64, 96)} | examples
     for dims, images in examples.items():
         shapes = (dict.fromkeys(dims, torch.export.Dim.AUTO),)
         try:
@@ -150,8 +155,8 @@ def _traced(network: nn.Module, channels: int, size: int) -> tuple[Any, Tensor, 
         if dims == (0,) or {"height", "width"} <= set(free):
             return program, images, free
     raise UserError(
-        f"torch.export cannot trace this network on images of {size} px ({problem[:200].rstrip('.')}): give "
-        "--size, or use --format encoder"
+        f"torch.export cannot trace this network on samples of {size_name(size)} "
+        f"({problem[:200].rstrip('.')}): give --size, or use --format encoder"
     )
 
 

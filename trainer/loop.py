@@ -337,16 +337,17 @@ def open_online(run: Run) -> Online | None:
 
 
 def to_device(run: Run, batch: "Batch") -> list[Tensor]:
-    """A batch's crops, each uint8 [count, n, C, S, S] on the device. Raises ValueError for another shape."""
+    """A batch's crops, each uint8 [count, n, C, *crop shape], on the device. Raises ValueError for others."""
     config = run.config
     n = config.data.batch_size // run.world
-    expected = [(group.count, n, group.size, group.size) for group in config.views.crops]
+    expected = config.views.stack_shapes(n)
     if [crop.shape for crop in batch.crops] != expected or batch.modalities != config.data.modalities:
         raise ValueError(f"batch {batch.step} is not as configured: {[c.shape for c in batch.crops]}")
     crops = []
     for array in batch.crops:
         crop = upload(array, run.device)
-        crops.append(crop.unsqueeze(2).expand(-1, -1, config.model.in_channels, -1, -1))
+        spatial = [-1] * (crop.ndim - 2)
+        crops.append(crop.unsqueeze(2).expand(-1, -1, config.model.in_channels, *spatial))
     return crops
 
 

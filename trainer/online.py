@@ -19,18 +19,20 @@ from torch import Tensor, nn
 from shards import catalog
 from shards.errors import UserError
 from shards.tar import ShardReader
-from trainer.batches import Modality, rows_of, whole_image
-from trainer.config import IntensityConfig, TrainConfig
+from trainer.batches import Modality, rows_of
+from trainer.config import TrainConfig
 from trainer.downstream.features import Features
 from trainer.downstream.knn import knn_auc
 from trainer.downstream.linear import standardise
 from trainer.downstream.metrics import macro_auc
 from trainer.step import is_logged
+from trainer.whole import whole_sample, whole_shape
 
 log = logging.getLogger(__name__)
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 BATCH = 64
+BATCH_PIXELS = 512 * 512  # of one of them at the most: fewer larger ones, as boxes of volumes are
 # Inverse L2 strength, the middle of what trainer.downstream.linear tries; to validate it takes too long here.
 PROBE_C = 0.01
 PROBE_ITERATIONS = 50
@@ -38,7 +40,8 @@ PROBE_ITERATIONS = 50
 
 @dataclass(frozen=True)
 class Labelled:
-    """Of one modality: images uint8 [n, 1, S, S] to fit on and to be judged by, labels into `classes`."""
+    """Of one modality: images uint8 [n, 1, S, S], or boxes [n, 1, Z, Y, X], to fit on and to be judged by,
+    labels into `classes`."""
 
     classes: tuple[str, ...]
     fit_x: Images
@@ -107,7 +110,7 @@ def _of_modality(config: TrainConfig, modality: str, table: pa.Table) -> Labelle
 def _some(rows: Modality, most: int) -> Modality:
     """Evenly spaced rows: keys are keyed hashes, so they are a random sample."""
     n = min(most, len(rows))
-    return Modality(rows.name, rows.table.take(np.arange(n) * len(rows) // max(n, 1)))
+    return type(rows)(rows.name, rows.table.take(np.arange(n) * len(rows) // max(n, 1)))
 
 
 def _read(
@@ -115,11 +118,11 @@ def _read(
 ) -> tuple[Images, Labels]:
     """Images whose class was seen in the train split, and their labels."""
     known = [i for i, label in enumerate(labels) if label in classes]
-    size, reader = config.views.whole_image_size, ShardReader(config.data.dataset)
-    intensity = config.data.intensity.get(rows.name, IntensityConfig())
-    images = np.empty((len(known), 1, size, size), np.uint8)
+    size, reader = config.views.whole_size, ShardReader(config.data.dataset)
+    intensity = config.data.intensity_of(rows.name)
+    images = np.empty((len(known), 1, *whole_shape(size)), np.uint8)
     for place, i in enumerate(known):
-        unit = whole_image(reader, rows.name, rows.row(i), size, intensity)
+        unit = whole_sample(reader, rows.name, rows.row(i), size, intensity, config.views.volume)
         images[place, 0] = np.rint(255 * unit)
     return images, np.array([classes.index(labels[i]) for i in known], np.int64)
 
@@ -157,12 +160,14 @@ class Online:
 
 @torch.no_grad()
 def features(backbone: nn.Module, images: Images, device: torch.device) -> Features:
-    """f32 [n, F] of uint8 [n, 1, S, S], in float32 whatever the training computes in."""
+    """f32 [n, F] of uint8 [n, 1, S, S] (or boxes [n, 1, Z, Y, X]), in float32 whatever the training
+    computes in."""
     channels = next(backbone.parameters()).shape[1]
     parts = []
-    for start in range(0, len(images), BATCH):
-        x = torch.from_numpy(images[start : start + BATCH]).to(device).float().div_(255)
-        parts.append(backbone(x.expand(-1, channels, -1, -1)).float().cpu().numpy())
+    batch = max(1, BATCH * BATCH_PIXELS // max(images[0].size, BATCH_PIXELS)) if len(images) else BATCH
+    for start in range(0, len(images), batch):
+        x = torch.from_numpy(images[start : start + batch]).to(device).float().div_(255)
+        parts.append(backbone(x.expand(-1, channels, *x.shape[2:])).float().cpu().numpy())
     return np.concatenate(parts)
 
 

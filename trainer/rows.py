@@ -21,6 +21,7 @@ from shards.row_cache import NoRowCacheError, open_rows
 from shards.row_file import RowFile
 from shards.schema import is_volumes
 from trainer.config import DataConfig
+from trainer.volumes import VOLUME_COLUMNS
 
 Plan = dict[str, tuple[NDArray, NDArray]]  # modality: indices, pass numbers
 
@@ -87,32 +88,71 @@ class MappedModality:
         return {name: row[name] for name in ("shard", "offset", "size", "crc32")}
 
 
+@dataclass(frozen=True)
+class VolumeModality(Modality):
+    """Of volumes: a sample lies where its slices do, which a shard holds one after the other."""
+
+    def row(self, index: int) -> dict[str, Any]:
+        """VOLUME_COLUMNS of one sample."""
+        return {name: self._column(name)[index].as_py() for name in VOLUME_COLUMNS}
+
+
+def with_range(table: pa.Table) -> pa.Table:
+    """Rows of volumes with `offset` and `size` of the bytes that hold all slices, headers between them too.
+
+    `crc32` is null: the pixels are held to pixel_digest when they are decoded. Raises UserError where slices
+    are out of order.
+    """
+    offset, size = [], []
+    for offsets, sizes in zip(table["offsets"].to_pylist(), table["sizes"].to_pylist(), strict=True):
+        if any(a + n > b for a, n, b in zip(offsets, sizes, offsets[1:], strict=False)):
+            raise UserError("the slices of a volume are out of order: run ingest verify on the dataset")
+        offset.append(offsets[0])
+        size.append(offsets[-1] + sizes[-1] - offsets[0])
+    table = table.append_column("offset", pa.array(offset, pa.int64()))
+    table = table.append_column("size", pa.array(size, pa.int64()))
+    return table.append_column("crc32", pa.nulls(table.num_rows, pa.int64()))
+
+
 Rows = Modality | MappedModality
 
 
 def open_modality(data: DataConfig, name: str) -> Rows:
     """The rows of a modality in the configured split, sorted by key. Raises UserError when there is none."""
-    if is_volumes(name):
-        raise UserError(
-            f"{name} holds volumes, training takes 2D images: set data.modalities to their slices"
-        )
     split = None if data.split == "all" else data.split
     file = _mapped(data, name, split)
     if file is not None:
         return MappedModality(name, file)
-    modality = Modality(name, catalog.load(data.dataset, name, list(NEEDED_COLUMNS), split))
+    modality = load_rows(data.dataset, name, split)
     if not len(modality):
-        there = ", ".join(m for m, n in catalog.counts(data.dataset).items() if sum(n.values())) or "none"
-        raise UserError(
-            f"the dataset has no {name} images in split {data.split} (modalities there: {there}): "
-            f"set data.modalities or data.split to what it holds"
-        )
+        raise UserError(none_there(data.dataset, name, data.split))
     return modality
 
 
+def none_there(root: str, name: str, split: str) -> str:
+    """Why a run cannot read a modality, and what to do."""
+    volumes = is_volumes(name)
+    counts = catalog.counts(root, volumes=volumes)
+    there = ", ".join(m for m, n in counts.items() if sum(n.values())) or "none"
+    if volumes and not counts:
+        return f"the dataset has no {name}: ingest the series into a new one with --as slices,volumes"
+    return (
+        f"the dataset has no {name} {'volumes' if volumes else 'images'} in split {split} (modalities there: "
+        f"{there}): set data.modalities or data.split to what it holds"
+    )
+
+
+def load_rows(root: str, name: str, split: str | None = None, more: tuple[str, ...] = ()) -> Modality:
+    """The rows of a modality, of images or of volumes, sorted by key. more: further columns of the table."""
+    if not is_volumes(name):
+        return Modality(name, catalog.load(root, name, [*NEEDED_COLUMNS, *more], split))
+    return VolumeModality(name, with_range(catalog.load(root, name, [*VOLUME_COLUMNS, *more], split)))
+
+
 def _mapped(data: DataConfig, name: str, split: str | None) -> RowFile | None:
-    """The row file as data.catalogue_cache has it; None: a table of this process. Raises UserError."""
-    if data.catalogue_cache == "off":
+    """The row file as data.catalogue_cache has it; None: a table of this process, as volumes always have.
+    Raises UserError."""
+    if data.catalogue_cache == "off" or is_volumes(name):
         return None
     selection = catalog.select(data.dataset, name, split)
     auto = data.catalogue_cache == "auto"
@@ -156,10 +196,10 @@ def in_order(modality: Rows, data: DataConfig) -> Rows:
     if isinstance(modality, MappedModality):
         return replace(modality, by_key=False)
     places = [("shard", "ascending"), ("offset", "ascending")]
-    return Modality(modality.name, modality.table.sort_by(places).combine_chunks())
+    return type(modality)(modality.name, modality.table.sort_by(places).combine_chunks())
 
 
 def rows_of(root: str, modality: str, split: str, keys: pa.Array) -> Modality:
     """The rows of a split that have one of these keys, sorted by key; no other split is looked at."""
-    table = catalog.load(root, modality, [*_LOCATION, *_INTENSITY], split)
-    return Modality(modality, table.filter(pc.is_in(table["key"], keys)))
+    rows = load_rows(root, modality, split)
+    return type(rows)(modality, rows.table.filter(pc.is_in(rows.table["key"], keys)))

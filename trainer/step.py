@@ -37,9 +37,9 @@ def train_step(
     """Updates model, optimizer and queue in place; returns metrics as detached tensors and floats.
 
     model: of build_model, bare or in DistributedDataParallel, in training mode. crops: per crop group
-    [count, n, C, S, S], [count, n, S, S] or [count * n, C, S, S], uint8 or float in [0, 1], on the model's
-    device. step: 0-based. sizes: see Embedder.forward; not with accumulation. labels: of each set of
-    supervision.labels, see trainer.supervised.
+    [count, n, C, S, S], [count, n, S, S] or [count * n, C, S, S] (of volumes Z, Y, X for S, S), uint8 or
+    float in [0, 1], on the model's device. step: 0-based. sizes: see Embedder.forward; not with accumulation.
+    labels: of each set of supervision.labels, see trainer.supervised.
     Always returned: loss (this rank's), learning_rate and the flags of Precision.check. On logged steps loss
     is the mean over ranks, and there are m/<modality>/<diagnostic> (m/all/... with swav.groups=shared; of
     them m/<modality>/use is a vector); loss_minus_ln_k, or for SimCLR loss_minus_chance; with labels
@@ -90,10 +90,10 @@ def as_groups(crops: Sequence[Tensor], config: TrainConfig) -> list[Tensor]:
     counts = [c.count for c in config.views.crops]
     if len(crops) != len(counts):
         raise ValueError(f"{len(crops)} crop tensors for {len(counts)} crop groups of views.crops")
-    channels = config.model.in_channels
+    channels, whole = config.model.in_channels, 3 + len(config.views.crop_shapes[0])
     found = []
     for crop, count in zip(crops, counts, strict=True):
-        if crop.ndim == 5:
+        if crop.ndim == whole:
             found.append(crop)
         elif channels == 1 and crop.shape[0] == count and crop.shape[1] != 1:
             found.append(crop.unsqueeze(2))

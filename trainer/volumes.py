@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 from shards import reads
 from shards.codec import get_codec
 from shards.schema import members_of
+from shards.stats import pixel_digest, stack_digest
 from shards.tar import ShardReader
 from trainer.augment.head import THRESHOLD_HU, Extent, find_head
+from trainer.augment.intensity import to_unit
+from trainer.config import IntensityConfig, VolumeConfig
 
 BOX = (40, 224, 192)  # slices, rows, columns
 HEAD_WINDOW = (55.0, 200.0)  # centre and width, HU: x = clip((HU + 45) / 200, 0, 1)
@@ -31,6 +34,7 @@ HEAD_WINDOW = (55.0, 200.0)  # centre and width, HU: x = clip((HU + 45) / 200, 0
 VOLUME_COLUMNS = (
     *("key", "modality", "shard", "codec", "rows", "columns", "slices", "offsets", "sizes", "affine"),
     *("rescale_slopes", "rescale_intercepts", "window_center", "window_width", "window_function"),
+    "pixel_digest",
 )
 _WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
@@ -81,12 +85,20 @@ def read_places(reader: ShardReader, places: Sequence[reads.Place]) -> list[byte
     return [found[n] for n in range(len(places))]
 
 
+def slices_in(data: bytes, row: Mapping[str, Any]) -> list[bytes]:
+    """The slices of a volume in the bytes of a shard from its first slice to the end of its last."""
+    places = places_of(row)
+    return [data[p.offset - places[0].offset : p.end - places[0].offset] for p in places]
+
+
 def decode_slices(
     encoded: Sequence[bytes], row: Mapping[str, Any], slices: Sequence[int] | None = None, reduce: int = 0
 ) -> Volume:
-    """`read_volume` from the bytes of the slices. Raises UserError for damaged ones."""
+    """`read_volume` from the bytes of the slices. A whole volume is held to its digest, so that a flipped bit
+    is never a wrong voxel. Raises UserError for damaged slices."""
     codec, places = get_codec(row["codec"]), places_of(row, slices)
     volume: Volume | None = None
+    digests = []
     for number, (data, place) in enumerate(zip(encoded, places, strict=True)):
         try:
             pixels = codec.decode(data, reduce)
@@ -97,8 +109,12 @@ def decode_slices(
         if pixels.shape != volume.shape[1:]:
             raise reads.damaged_shard(place.shard, place.offset)
         volume[number] = pixels
+        if slices is None and reduce == 0:
+            digests.append(pixel_digest(pixels))
     if volume is None:
         raise IndexError("no slice was asked for")
+    if digests and stack_digest(digests) != row["pixel_digest"]:
+        raise reads.damaged_shard(places[0].shard, places[0].offset)
     _rescale(volume, row, slices)
     return volume
 
@@ -238,6 +254,29 @@ def resample(volume: Volume, placement: Placement) -> Volume:
         for slot in np.flatnonzero(weights[:, z]):
             done[slot] += weights[slot, z] * plane
     return done
+
+
+def box_of(
+    volume: Volume, row: Mapping[str, Any], config: VolumeConfig, intensity: IntensityConfig
+) -> Volume:
+    """What a run makes of a volume [slices, rows, columns] in stored units: its box, f32 in [0, 1].
+
+    intensity: `percentile` is of the volume, and so is `recorded` where its slices have no common window.
+    """
+    affine = affine_of(row)
+    placement = place_box(volume, affine, config.box, crop=config.head_crop, threshold=config.threshold)
+    known = dict(row)
+    if intensity.mode != "fixed":
+        known["p005"], known["p995"] = (float(p) for p in np.percentile(volume, (0.5, 99.5)))
+        known["minimum"], known["maximum"] = float(volume.min()), float(volume.max())
+    return np.minimum(resample(to_unit(volume, known, intensity), placement), 1)
+
+
+def whole_box(
+    reader: ShardReader, row: Mapping[str, Any], config: VolumeConfig, intensity: IntensityConfig
+) -> Volume:
+    """`box_of` a volume of a dataset. Raises UserError."""
+    return box_of(read_volume(reader, row), row, config, intensity)
 
 
 def _axial_axes(affine: NDArray[np.float64]) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:

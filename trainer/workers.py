@@ -71,7 +71,7 @@ class BatchWorkers:
         say: Callable[[str], None] = print,
     ) -> None:
         n = config.data.batch_size // world
-        self._shapes = [(group.count, n, group.size, group.size) for group in config.views.crops]
+        self._shapes = config.views.stack_shapes(n)
         self._task = (factory, (config, rank, world, bands), self._shapes)
         self._count, self._depth, self._stop = workers, depth, stop
         self._allocate, self._say = allocate, say

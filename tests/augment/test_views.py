@@ -184,8 +184,8 @@ def test_recommended_crops_lie_inside_the_border_and_cover_their_share(shape):
             widest = min(1.0, (0.8 * min(shape)) ** 2 / inner)
             wanted = crop.share[0] + (crop.share[1] - crop.share[0]) * u[crops.SCALE]
             assert share == pytest.approx(min(wanted, widest), rel=0.02)
-            assert 0.1 * place.rows - 1 <= place.y <= 0.9 * place.rows - place.size + 1
-            assert 0.1 * place.columns - 1 <= place.x <= 0.9 * place.columns - place.size + 1
+            assert 0.1 * place.rows - 1 <= place.y <= 0.9 * place.rows - place.height + 1
+            assert 0.1 * place.columns - 1 <= place.x <= 0.9 * place.columns - place.width + 1
 
 
 def test_paper_crops_rescale_the_longer_side_and_are_centred_when_they_do_not_fit():

@@ -70,8 +70,8 @@ def test_float16_is_half_the_size_and_duckdb_reads_both(dataset, source, tmp_pat
 
 def test_decoding_stays_a_few_batches_ahead(dataset, source, monkeypatch):
     read = []
-    real = embedding.whole_image
-    monkeypatch.setattr(embedding, "whole_image", lambda *given: (read.append(1), real(*given))[1])
+    real = embedding.whole_sample
+    monkeypatch.setattr(embedding, "whole_sample", lambda *given: (read.append(1), real(*given))[1])
     (part,) = open_parts(dataset, {}, ("ct",))
     taken = 0
     for first, count, images in image_batches(dataset, part, 16, 2, threads=2):
@@ -82,7 +82,7 @@ def test_decoding_stays_a_few_batches_ahead(dataset, source, monkeypatch):
 
 
 def test_an_error_leaves_no_file(dataset, source, tmp_path, monkeypatch):
-    real, seen = embedding.whole_image, []
+    real, seen = embedding.whole_sample, []
 
     def broken(*given):
         seen.append(1)
@@ -90,7 +90,7 @@ def test_an_error_leaves_no_file(dataset, source, tmp_path, monkeypatch):
             raise UserError("shard 7 is missing")
         return real(*given)
 
-    monkeypatch.setattr(embedding, "whole_image", broken)
+    monkeypatch.setattr(embedding, "whole_sample", broken)
     with pytest.raises(UserError, match="shard 7 is missing"):
         features(dataset, source, tmp_path / "f.parquet")
     assert not list(tmp_path.iterdir())

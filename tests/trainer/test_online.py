@@ -117,13 +117,13 @@ def test_rank_0_evaluates_and_the_losses_of_all_are_the_same(dataset, tmp_path):
 def test_no_image_of_the_test_split_is_read_and_no_more_of_the_others_than_asked_for(dataset, monkeypatch):
     split_of = {s.row["key"]: s.row["split"] for s in samples_of("ct")}
     read: list[str] = []
-    real = online.whole_image
+    real = online.whole_sample
 
     def spy(reader, modality, row, *more):
         read.append(row["key"])
         return real(reader, modality, row, *more)
 
-    monkeypatch.setattr(online, "whole_image", spy)
+    monkeypatch.setattr(online, "whole_sample", spy)
     data = load_labelled(config_of(dataset, "stripes"))["ct"]
     assert sorted(split_of[key] for key in read) == ["train"] * 12 + ["val"] * 8
     assert (len(data.fit_x), len(data.val_x), data.classes) == (12, 8, ("across", "along"))

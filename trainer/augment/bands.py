@@ -90,6 +90,33 @@ class Pyramid:
         return sum(level.nbytes for level in self.levels)
 
 
+@dataclass(frozen=True)
+class VolumePyramid:
+    """Of a volume [Z, Y, X]: the pyramid of each slice; energies and mean of the whole.
+
+    energies: f64[n + 1], the standard deviation of each band over all slices. mean: DC of the low band.
+    """
+
+    slices: tuple[Pyramid, ...]
+    energies: NDArray[np.float64]
+    mean: float
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.slices)
+
+
+def of_slices(slices: Sequence[Pyramid]) -> VolumePyramid:
+    """Bands of a volume: one gain for each band of all its slices needs energies of all of them."""
+    energies = np.array([one.energies for one in slices])
+    if not energies.size:
+        return VolumePyramid(tuple(slices), np.zeros(0), 0.0)
+    squares = (energies**2).mean(axis=0)
+    means = np.array([one.mean for one in slices])
+    squares[-1] += means.var()  # slices differ in their low band; the means of the others are 0
+    return VolumePyramid(tuple(slices), np.sqrt(squares), float(means.mean()))
+
+
 def plain(image: Image) -> Pyramid:
     """An image without bands: what views without the energy augmentation need."""
     return Pyramid((image,), (1,), np.zeros(0), 0.0, (image.shape[0], image.shape[1]))
@@ -125,7 +152,7 @@ def build_pyramid(image: Image, sigmas: Sequence[float]) -> Pyramid:
     return Pyramid((image, *levels_list), tuple(steps), energies, mean, (rows, columns))
 
 
-def level_weights(pyramid: Pyramid, references: NDArray[np.float64]) -> NDArray[np.float64]:
+def level_weights(pyramid: Pyramid | VolumePyramid, references: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weights f64[V, n + 2] that turn e_ref f64[V, n + 1] into sum_i lambda_i I_i = sum_k w_k G_k + w_{n+1}.
 
     w_k = lambda_k - lambda_{k-1}; the last one keeps the DC: (1 - lambda_n) times the mean.
@@ -176,10 +203,12 @@ class BandStatistics:
             raise ValueError("band statistics need one mean and one sigma for each of the n + 1 bands")
 
 
-def fit_statistics(images: Iterable[Pyramid | Image], sigmas: Sequence[float]) -> BandStatistics:
+def fit_statistics(
+    images: Iterable[Pyramid | VolumePyramid | Image], sigmas: Sequence[float]
+) -> BandStatistics:
     """Mean and standard deviation of the band energies over reference images (R = 1000 in the paper)."""
     energies = np.array(
-        [(x if isinstance(x, Pyramid) else build_pyramid(x, sigmas)).energies for x in images]
+        [(build_pyramid(x, sigmas) if isinstance(x, np.ndarray) else x).energies for x in images]
     )
     if not len(energies):
         raise UserError("band statistics need at least one reference image")

@@ -23,17 +23,18 @@ MAX_BANDS = DRAWS_PER_CROP - BANDS
 
 @dataclass(frozen=True)
 class Placement:
-    """Rescale the image to (rows, columns) px, then take the square of `size` px at (y, x).
+    """Rescale the image to (rows, columns) px, then take `height` x `width` px at (y, x).
 
     Where the crop is larger than the rescaled image, y or x is negative and the outside is the image
-    mirrored at its edge.
+    mirrored at its edge; of a volume it is black.
     """
 
     rows: int
     columns: int
     y: int
     x: int
-    size: int
+    height: int
+    width: int
 
 
 def uniforms(key: tuple[int, ...], n_crops: int) -> NDArray[np.float64]:
@@ -50,22 +51,27 @@ def place(
 ) -> Placement:
     """The rescaling and the position of one crop of an image of `shape` = (H, W) px.
 
-    paper: the longer side becomes U[size_range] px. recommended: a square that covers U[share] of the area
-    left after the border becomes `size` px; it is never larger than the shorter side of that area. Both:
+    paper: the longer side becomes U[size_range] px; the plane of a volume becomes a size drawn uniformly
+    between the two of views.volume.size_range. recommended: a rectangle of the crop's shape that covers
+    U[share] of the area left after the border becomes the crop; it never reaches beyond that area. Both:
     `border` is cut off at each side, then the position is uniform; a crop that does not fit into what is
     left is centred on it.
     """
     height, width = shape
-    if views.geometry == "paper":
-        low, high = size_range
-        scale = (low + (high - low) * u[SCALE]) / max(height, width)
+    if views.geometry == "paper" and views.volume is not None:
+        smallest, largest = views.volume.size_range
+        rows, columns = (round(a + (b - a) * u[SCALE]) for a, b in zip(smallest, largest, strict=True))
     else:
-        low, high = crop.share
-        scale = crop.size / _side(shape, low + (high - low) * u[SCALE], views.border)
-    rows, columns = max(round(height * scale), 1), max(round(width * scale), 1)
-    y = _position(rows, crop.size, views.border[0], u[Y])
-    x = _position(columns, crop.size, views.border[1], u[X])
-    return Placement(rows, columns, y, x, crop.size)
+        if views.geometry == "paper":
+            low, high = size_range
+            scale = (low + (high - low) * u[SCALE]) / max(height, width)
+        else:
+            low, high = crop.share
+            scale = crop.plane[0] / _side(shape, low + (high - low) * u[SCALE], views.border, crop.plane)
+        rows, columns = max(round(height * scale), 1), max(round(width * scale), 1)
+    y = _position(rows, crop.plane[0], views.border[0], u[Y])
+    x = _position(columns, crop.plane[1], views.border[1], u[X])
+    return Placement(rows, columns, y, x, *crop.plane)
 
 
 def finest_scale(shape: tuple[int, int], views: ViewConfig, size_range: Range) -> float:
@@ -73,13 +79,15 @@ def finest_scale(shape: tuple[int, int], views: ViewConfig, size_range: Range) -
     shape * factor are of no use to any view."""
     if views.geometry == "paper":
         return size_range[1] / max(shape)
-    return max(c.size / _side(shape, c.share[0], views.border) for c in views.crops)
+    return max(c.plane[0] / _side(shape, c.share[0], views.border, c.plane) for c in views.crops)
 
 
-def _side(shape: tuple[int, int], share: float, border: Range) -> float:
-    """Side, in px, of the square covering `share` of the image without its border."""
+def _side(shape: tuple[int, int], share: float, border: Range, plane: tuple[int, int]) -> float:
+    """Height, in px, of the rectangle shaped like `plane` that covers `share` of the image without its
+    border."""
     height, width = shape[0] * (1 - 2 * border[0]), shape[1] * (1 - 2 * border[1])
-    return min(math.sqrt(share * height * width), height, width)
+    aspect = plane[0] / plane[1]
+    return min(math.sqrt(share * height * width * aspect), height, width * aspect)
 
 
 def _position(length: int, size: int, border: float, u: float) -> int:

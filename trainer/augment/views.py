@@ -106,10 +106,10 @@ def views_of(
     groups: list[NDArray[np.uint8]] = []
     v = 0
     for group in views.crops:
-        stack = np.empty((group.count, group.size, group.size), np.float32)
+        stack = np.empty((group.count, *group.plane), np.float32)
         for out in stack:
             own = weights[v] if weights and draws.energy_on[v] else None
-            _render(prepared, own, draws.placements[v], out)
+            render(prepared, own, draws.placements[v], out)
             v += 1
         part = slice(v - group.count, v)
         groups.append(apply_intensity(stack, draws.gamma[part], draws.gain[part], draws.offset[part]))
@@ -194,16 +194,16 @@ def rescale(image: Image, rows: int, columns: int) -> Image:
     return cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
 
 
-def _render(prepared: Prepared, weights: list[float] | None, place: Placement, out: Image) -> None:
-    """One crop into out f32[size, size], before gamma and linear: only its own window is touched."""
+def render(prepared: Prepared, weights: list[float] | None, place: Placement, out: Image) -> None:
+    """One crop into out f32[height, width], before gamma and linear: only its own window is touched."""
     pyramid = prepared.pyramid
     height, width = pyramid.shape
     fy, fx = height / place.rows, width / place.columns
     kernel = _antialias_kernel((fy + fx) / 2, prepared.blur)
     margin = 2 + (0 if kernel is None else len(kernel) // 2)
     top, left = (place.y + 0.5) * fy - 0.5, (place.x + 0.5) * fx - 0.5  # source position of output pixel 0
-    y0, y1 = _span(top, fy, place.size, margin, height)
-    x0, x1 = _span(left, fx, place.size, margin, width)
+    y0, y1 = _span(top, fy, place.height, margin, height)
+    x0, x1 = _span(left, fx, place.width, margin, width)
     if weights is None:
         part = pyramid.levels[0][y0:y1, x0:x1]
     else:
@@ -211,7 +211,7 @@ def _render(prepared: Prepared, weights: list[float] | None, place: Placement, o
     if kernel is not None:
         part = cv2.sepFilter2D(part, cv2.CV_32F, kernel, kernel, borderType=_BORDER | cv2.BORDER_ISOLATED)
     matrix = np.array([[fx, 0, left - x0], [0, fy, top - y0]])
-    cv2.warpAffine(part, matrix, (place.size, place.size), dst=out, flags=_WARP, borderMode=_BORDER)
+    cv2.warpAffine(part, matrix, (place.width, place.height), dst=out, flags=_WARP, borderMode=_BORDER)
 
 
 def _span(start: float, step: float, count: int, margin: int, length: int) -> tuple[int, int]:
@@ -238,11 +238,11 @@ def _kernel(variance: float) -> Image:
 def _cut(image: NDArray[np.uint8], place: Placement) -> NDArray[np.uint8]:
     """The crop, mirrored about the edge outside of the image."""
     before = max(-place.y, -place.x, 0)
-    after = max(place.y + place.size - place.rows, place.x + place.size - place.columns, 0)
+    after = max(place.y + place.height - place.rows, place.x + place.width - place.columns, 0)
     if before or after:
         image = np.pad(image, ((before, after), (before, after)), mode="symmetric")
     y, x = place.y + before, place.x + before
-    return image[y : y + place.size, x : x + place.size]
+    return image[y : y + place.height, x : x + place.width]
 
 
 def _between(limits: Range, u: NDArray[np.float64]) -> NDArray[np.float64]:

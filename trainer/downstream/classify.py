@@ -147,7 +147,8 @@ def _network(config: Config, encoder: Path | None) -> Network:
             f"{encoder.name} holds a {info.backbone}, not backbone={config.backbone}: give another encoder, "
             f"or --set backbone={info.backbone}"
         )
-    require_images(info.backbone)
+    require_images(info.backbone, info.volume is not None)
+    assert isinstance(info.size, int)  # px: it takes images
     size = config.size or info.size
     check_encoder(network, info.backbone, info.in_channels, [size], fix="set another size")
     return partial(copy.deepcopy, network), size, info.in_channels, info.intensity

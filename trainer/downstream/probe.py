@@ -15,7 +15,7 @@ The protocols:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -92,6 +92,7 @@ def evaluate(
     for done, modality in enumerate(info.modalities):
         if progress is not None:
             progress(done, len(info.modalities), modality)
+        assert isinstance(info.size, int)  # _same_kind
         data = load_labelled(root, modality, labels, size or info.size, info.intensity)
         reason = why_not(data, protocol)
         if reason is not None:
@@ -250,5 +251,6 @@ def _same_kind(pretrained: Sequence[Encoder]) -> EncoderInfo:
         raise UserError(
             "the encoders differ in backbone, channels, size or modalities: evaluate each kind alone"
         )
-    require_images(pretrained[0][1].backbone)
-    return cast(EncoderInfo, pretrained[0][1])
+    info = pretrained[0][1]
+    require_images(info.backbone, info.volume is not None)
+    return info

@@ -25,7 +25,8 @@ from trainer.models.densenet3d import DenseNet3d
 from trainer.models.resnet import build_backbone
 
 Options = Mapping[str, BackboneOption]
-Size = int | tuple[int, int, int]  # px of a square image, or the slices, rows and columns of a volume
+# px of a square image, its rows and columns, or the slices, rows and columns of a volume
+Size = int | tuple[int, ...]
 
 
 def build_encoder(name: str, in_channels: int = 1, options: Options | None = None) -> nn.Module:
@@ -48,9 +49,10 @@ def is_users_own(name: str) -> bool:
     return name not in OWN_BACKBONES and name.partition(":")[0] not in LIBRARIES
 
 
-def require_images(name: str) -> None:
-    """Refuse a network for volumes where images are evaluated. Raises UserError."""
-    if name in VOLUME_BACKBONES:
+def require_images(name: str, volumes: bool = False) -> None:
+    """Refuse a network for volumes (`volumes`: it was trained on them) where images are evaluated. Raises
+    UserError."""
+    if volumes or name in VOLUME_BACKBONES:
         raise UserError(
             f"{name} takes volumes [n, C, Z, Y, X], and this works on images: use another encoder"
         )
@@ -86,9 +88,9 @@ def check_encoder(
             if isinstance(found, Tensor) and found.shape == (2, wanted):
                 continue
             why = found if isinstance(found, str) else f"it gave {_shape(found)}, not [2, {wanted}]"
-            text = (
-                f"images of {size} px" if isinstance(size, int) else f"volumes of {'x'.join(map(str, size))}"
-            )
+            sides = dict.fromkeys(shape) if len(shape) == 2 else shape  # of a square image one
+            text = f"{'volumes' if len(shape) == 3 else 'images'} of {'x'.join(map(str, sides))}"
+            text += " px" if len(shape) == 2 else ""
             raise UserError(f"model.backbone={name} cannot take {text} ({why}): {fix}")
 
 

@@ -77,7 +77,7 @@ def check_model(config: TrainConfig) -> list[str]:
         return []
     encoder = build_encoder(model.backbone, model.in_channels, model.backbone_options)
     if foreign:
-        check_encoder(encoder, model.backbone, model.in_channels, [c.size for c in config.views.crops])
+        check_encoder(encoder, model.backbone, model.in_channels, config.views.crop_shapes)
         if model.sync_batchnorm != "off":
             synchronise(encoder, None)
         if model.activation_checkpointing:
