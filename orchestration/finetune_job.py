@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 TASKS = {  # name on the command line: module
     "classify": "trainer.downstream.classify",
     "haemorrhage": "trainer.downstream.haemorrhage",
+    "metastases-mask": "trainer.downstream.metastases_mask",
+    "metastases": "trainer.downstream.metastases",
 }
 FORMAT_VERSION = 1
 DRAWS = 1000  # of the patients, for intervals
