@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TASKS = {  # name on the command line: module
     "classify": "trainer.downstream.classify",
+    "findings": "trainer.downstream.findings",
     "haemorrhage": "trainer.downstream.haemorrhage",
     "metastases-mask": "trainer.downstream.metastases_mask",
     "metastases": "trainer.downstream.metastases",

@@ -1,7 +1,6 @@
 """Findings in radiographs as boxes: an FCOS detector on a pretrained encoder (method.md section 7).
 
-    task = prepare(PRESETS["small"], "DATASET", ["strict", "any_reader"], Path("RUN/encoder.safetensors"))
-    result = finetune(task, FINETUNE["small"], Path("FINDINGS"))
+    medswav finetune findings --data DATASET --labels strict --labels any_reader --encoder RUN --output OUT
 
 Each ground truth is a box table (trainer.downstream.box_tables). The first one is trained on and chooses the
 best epoch; the network is judged by each. Metrics of the first are called auc, froc (macro over the findings)
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -60,7 +60,8 @@ class Config(Strict):
     overlap: float = Field(default=0.5, gt=0, lt=1)
     most: int = Field(default=50, gt=0)
     augment: AugmentConfig = AugmentConfig()
-    cache_gib: float = Field(default=2.0, ge=0)
+    cache_bytes: int = Field(default=2 << 30, ge=0)
+    finetune: FinetuneConfig = FinetuneConfig(epochs=50, patience=10, batch_size=8, learning_rate=1e-4)
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
@@ -76,12 +77,14 @@ class Config(Strict):
 
 
 PRESETS = {
-    "small": Config(size=128, backbone="resnet-tiny", width=64, convolutions=1),
+    "small": Config(
+        size=128,
+        backbone="resnet-tiny",
+        width=64,
+        convolutions=1,
+        finetune=FinetuneConfig(epochs=20, patience=0, batch_size=8, learning_rate=2e-3),
+    ),
     "full": Config(),
-}
-FINETUNE = {
-    "small": FinetuneConfig(epochs=24, patience=0, batch_size=8, learning_rate=2e-3),
-    "full": FinetuneConfig(epochs=50, patience=10, batch_size=8, learning_rate=1e-4),
 }
 
 
@@ -93,13 +96,17 @@ class Target:
     findings: tuple[NDArray[np.int64], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two of them are the same only if they are one: see Matches
 class Found:
     """Detections of one image: boxes f64 [d, 4] in px of the input, scores f64 [d], findings int64 [d]."""
 
     boxes: NDArray[np.float64]
     scores: NDArray[np.float64]
     findings: NDArray[np.int64]
+
+
+# What was matched before, by image and then by (truth, finding): a bootstrap asks for the same images again.
+Matches = WeakKeyDictionary[Found, dict[tuple[int, int], froc.Matched]]
 
 
 def prepare(config: Config, dataset: Path | str, labels: Sequence[str], encoder: Path | None) -> Task:
@@ -112,12 +119,7 @@ def prepare(config: Config, dataset: Path | str, labels: Sequence[str], encoder:
     for part in ("train", "val", "test"):
         chosen = [row for row, split in zip(rows, splits, strict=True) if split == part]
         parts[part] = _dataset(config, dataset, tables, chosen)
-    make: Callable[[], nn.Module] = partial(_random_encoder, config)
-    weights = "random"
-    if encoder is not None:
-        pretrained, info = load_encoder(encoder)
-        _check_channels(config, info.in_channels)
-        make, weights = partial(copy.deepcopy, pretrained), file_sha256(encoder)
+    make, weights = _encoder(config, encoder)
     _network(config, make)  # a network without stages is told now
     train = [row for row, split in zip(rows, splits, strict=True) if split == "train"]
     return Task(
@@ -128,10 +130,36 @@ def prepare(config: Config, dataset: Path | str, labels: Sequence[str], encoder:
         network=partial(_network, config, make),
         loss=loss,
         predict=partial(predict, config),
-        metrics=partial(metrics, config, [table.name for table in tables]),
+        metrics=partial(metrics, config, [table.name for table in tables], Matches()),
         selection="auc",
         strata=_strata(tables[0], train),
-        identity=digest(config.model_dump_json(), weights, *(table.digest for table in tables)),
+        identity=digest(
+            config.model_dump_json(exclude={"finetune"}), weights, *(table.digest for table in tables)
+        ),
+    )
+
+
+def example(config: Config, encoder: Path | None) -> Task:
+    """The task on noise of the configured size, a box in every image: to count what a step takes."""
+    if isinstance(config.size, str):
+        raise UserError("size=full follows the images of a dataset: set size to a number, or give --data")
+    make, _ = _encoder(config, encoder)
+    side, shape = config.size, (config.in_channels, config.size, config.size)
+    box, first = np.array([[0.2, 0.2, 0.3, 0.3]]) * side, np.zeros(1, np.int64)
+
+    def sample(index: int, _: Random) -> Sample:
+        image = np.random.default_rng(index).random(shape, np.float32)
+        return Sample(image, Target((box,), (first,)))
+
+    parts = {p: Dataset(np.array([f"{p}{i}" for i in range(8)]), sample) for p in ("train", "val", "test")}
+    return Task(
+        name=NAME,
+        **parts,
+        network=partial(_network, config, make),
+        loss=loss,
+        predict=partial(predict, config),
+        metrics=partial(metrics, config, ["truth"], Matches()),
+        selection="auc",
     )
 
 
@@ -157,35 +185,48 @@ def predict(config: Config, network: nn.Module, inputs: Tensor) -> list[Found]:
 
 
 def metrics(
-    config: Config, names: Sequence[str], predictions: Sequence[Found], targets: Sequence[Target]
+    config: Config,
+    names: Sequence[str],
+    known: Matches,
+    predictions: Sequence[Found],
+    targets: Sequence[Target],
 ) -> dict[str, float]:
     """auc: image-level; froc: mean sensitivity at the paper's nine rates; of each finding and macro (over the
-    findings that have a number), by each ground truth."""
+    findings that have a number), by each ground truth. names: of the ground truths."""
     found = {}
     for number, name in enumerate(names):
         prefix = f"{name}:" if number else ""
-        by_finding = matched(config, number, predictions, targets)
+        by_finding = matched(config, number, predictions, targets, known)
         auc = {finding: roc.auc(*froc.image_scores(images)) for finding, images in by_finding.items()}
         mean = {finding: froc.froc(images).mean() for finding, images in by_finding.items()}
         for metric, values in (("auc", auc), ("froc", mean)):
-            known = [value for value in values.values() if np.isfinite(value)]
-            found[f"{prefix}{metric}"] = float(np.mean(known)) if known else float("nan")
+            there = [value for value in values.values() if np.isfinite(value)]
+            found[f"{prefix}{metric}"] = float(np.mean(there)) if there else float("nan")
             found |= {f"{prefix}{metric}/{finding}": value for finding, value in values.items()}
     return found
 
 
 def matched(
-    config: Config, truth: int, predictions: Sequence[Found], targets: Sequence[Target]
+    config: Config,
+    truth: int,
+    predictions: Sequence[Found],
+    targets: Sequence[Target],
+    known: Matches | None = None,
 ) -> dict[str, list[froc.Matched]]:
     """Of each finding, the images matched against the ground truth of that number: what froc.froc and
-    froc.froc_interval take."""
+    froc.froc_interval take. known: is added to; a detection belongs to the same target in all calls."""
+    known = Matches() if known is None else known
     out = {}
     for number, finding in enumerate(config.findings):
         images = []
         for one, target in zip(predictions, targets, strict=True):
-            mine, its = one.findings == number, target.findings[truth] == number
-            images.append(froc.ImageBoxes(target.boxes[truth][its], one.boxes[mine], one.scores[mine]))
-        out[finding] = froc.matched(images, config.hit)
+            of_image = known.setdefault(one, {})
+            if (truth, number) not in of_image:
+                mine, its = one.findings == number, target.findings[truth] == number
+                boxes = froc.ImageBoxes(target.boxes[truth][its], one.boxes[mine], one.scores[mine])
+                of_image[truth, number] = froc.matched([boxes], config.hit)[0]
+            images.append(of_image[truth, number])
+        out[finding] = images
     return out
 
 
@@ -207,9 +248,7 @@ def _tables(
 def _dataset(
     config: Config, dataset: Path | str, tables: Sequence[BoxTable], rows: Sequence[dict[str, Any]]
 ) -> Dataset:
-    images = Images(
-        dataset, config.modality, rows, config.size, config.intensity, int(config.cache_gib * 2**30)
-    )
+    images = Images(dataset, config.modality, rows, config.size, config.intensity, config.cache_bytes)
     places = [images.placement(i) for i in range(len(rows))]
     targets = [
         Target(
@@ -234,16 +273,21 @@ def _network(config: Config, make: Callable[[], nn.Module]) -> nn.Module:
     return Fcos(make(), len(config.findings), config.width, config.convolutions)
 
 
+def _encoder(config: Config, encoder: Path | None) -> tuple[Callable[[], nn.Module], str]:
+    """How an encoder is made, and what tells its weights from others. Raises UserError."""
+    if encoder is None:
+        return partial(build_encoder, config.backbone, config.in_channels), "random"
+    pretrained, info = load_encoder(encoder)
+    _check_channels(config, info.in_channels)
+    return partial(copy.deepcopy, pretrained), file_sha256(encoder)
+
+
 def _check_channels(config: Config, channels: int) -> None:
     if channels != config.in_channels:
         raise UserError(
             f"the encoder takes {channels} channels, and in_channels={config.in_channels}: set "
             f"in_channels to {channels}"
         )
-
-
-def _random_encoder(config: Config) -> nn.Module:
-    return build_encoder(config.backbone, config.in_channels)
 
 
 def _strata(table: BoxTable, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
