@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def finetune(
-    task: Annotated[str, typer.Argument(help="classify, haemorrhage, metastases-mask or metastases.")],
+    task: Annotated[
+        str, typer.Argument(help="classify, findings, haemorrhage, metastases-mask or metastases.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the trainings.", show_default="required")
     ] = None,

@@ -25,6 +25,7 @@ from trainer import files
 from trainer.config import TrainConfig
 
 TASKS = {  # name: module
+    "findings": "orchestration.demo_findings",
     "haemorrhage": "orchestration.demo_haemorrhage",
 }
 STEPS = ("Generate patients", "Ingest", "Join labels", "Pretrain", "Fine-tune", "Table")

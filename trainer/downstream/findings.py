@@ -151,10 +151,12 @@ def example(config: Config, encoder: Path | None) -> Task:
         image = np.random.default_rng(index).random(shape, np.float32)
         return Sample(image, Target((box,), (first,)))
 
-    parts = {p: Dataset(np.array([f"{p}{i}" for i in range(8)]), sample) for p in ("train", "val", "test")}
+    train, val, test = (Dataset(np.array([f"{p}{i}" for i in range(8)]), sample) for p in "abc")
     return Task(
         name=NAME,
-        **parts,
+        train=train,
+        val=val,
+        test=test,
         network=partial(_network, config, make),
         loss=loss,
         predict=partial(predict, config),
