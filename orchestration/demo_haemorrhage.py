@@ -19,7 +19,20 @@ from trainer.config import TrainConfig, load_config, text_setting
 PATIENTS, SEEDS = 200, 2
 LABELS = ("haemorrhage", "haemorrhage_slices")
 SPLITS = (0.6, 0.15, 0.25)
-PRESET = "demo_3d_ct"
+# Over the preset `demo`: boxes of the fine-tuning, few steps, and shades on both sides (recommended_small.yaml).
+PRETRAINING = (
+    "data.modalities=[ct_volumes]",
+    "data.batch_size=16",
+    "views.volume={box: [16, 48, 40]}",
+    "views.crops=[{count: 2, size: [44, 36], share: [0.5, 1.0]}, {count: 2, size: [28, 24], share: [0.2, 0.5]}]",
+    "views.border=[0.0, 0.0]",
+    "views.energy_probability=0",
+    "views.gamma=[0.7, 1.4]",
+    "model.backbone=densenet3d",
+    "max_steps=240",
+    "swav.freeze_prototypes_steps=20",
+    "checkpoint.every_steps=60",
+)
 
 
 def demo(options: TaskOptions) -> int:
@@ -47,7 +60,7 @@ def demo(options: TaskOptions) -> int:
 
 def pretraining(options: TaskOptions) -> TrainConfig:
     own = [text_setting("data.dataset", str(options.dataset)), f"seed={options.seed}"]
-    return load_config(PRESET, [*own, *options.overrides])
+    return load_config("demo", [*PRETRAINING, *own, *options.overrides])
 
 
 def _build(patients: int, seed: int, folder: Path, progress: Told) -> None:

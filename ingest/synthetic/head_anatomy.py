@@ -253,7 +253,7 @@ def _skull(rng: Random, head: Head, hu: Volume, bone: Volume) -> Volume:
 def _artefacts(rng: Random, head: Head, hu: Volume) -> Volume:
     """Beam hardening: a bright rim below the vault, dark and bright bands between the petrous bones."""
     u = rng.uniform
-    rim = u(0, 16) * np.exp(-np.maximum(head.outside, 0) / u(3, 7))
+    rim = u(0, 11) * np.exp(-np.maximum(head.outside, 0) / u(3, 7))
     bands = np.sin(head.y / u(3, 6) + 0.04 * head.x + u(0, 6)) * np.exp(-(((head.z + 34) / 10) ** 2))
     return np.asarray(hu + head.inside * (rim + u(2, 13) * bands - u(0, 6) * np.abs(bands)), np.float32)
 

@@ -1,6 +1,6 @@
 """Bleedings in and around the brain: the five types, each in its own place and shape.
 
-epidural          a lens between skull and dura, within 20 to 35 mm of its centre
+epidural          a lens between skull and dura, within 22 to 36 mm of its centre
 subdural          a crescent along one hemisphere, thin and wide, that does not cross the midline
 subarachnoid      blood instead of fluid: in the sulci of a region, a fissure, or the basal cisterns
 intraventricular  in the ventricles, fallen to their lowest place at the back, or a cast of one of them
@@ -41,7 +41,7 @@ def present(head: Head, blood: Volume) -> NDArray[np.bool_]:
 def put(rng: Random, head: Head, hu: Volume, blood: Volume, oedema: Volume) -> Volume:
     """HU with the bleeding: most are bright (acute), some nearly as the brain (subacute, anaemia)."""
     u, grid = rng.uniform, head.grid
-    level = u(54, 72) if rng.random() < 0.8 else u(44, 54)
+    level = u(58, 78) if rng.random() < 0.85 else u(46, 58)
     clot = level + u(1, 6) * smooth_field(rng, grid, 8)
     hu = hu - oedema * u(4, 10)
     return np.asarray(hu + blood * (clot - hu), np.float32)
@@ -61,14 +61,14 @@ def _surface(rng: Random, head: Head, lowest_mm: float) -> tuple[Volume, float, 
 
 def _epidural(rng: Random, head: Head) -> tuple[Volume, Volume]:
     far, _, _ = _surface(rng, head, -12)
-    wide, thick = rng.uniform(18, 32), rng.uniform(6, 15)
+    wide, thick = rng.uniform(22, 36), rng.uniform(10, 22)
     lens = thick * (1 - (far / wide) ** 2)
     return _within(head, ramp((lens - head.outside) / 1.2)), np.zeros_like(far)
 
 
 def _subdural(rng: Random, head: Head) -> tuple[Volume, Volume]:
     far, side, _ = _surface(rng, head, 0)
-    wide, thick = rng.uniform(50, 80), rng.uniform(4, 9)
+    wide, thick = rng.uniform(50, 80), rng.uniform(6, 13)
     crescent = thick * np.clip(1 - (far / wide) ** 4, -2, 1) * (1 + 0.15 * smooth_field(rng, head.grid, 25))
     blood: Any = ramp((crescent - head.outside) / 1.2) * ramp((side * head.x - 3) / 1.5)
     return _within(head, blood), np.zeros_like(far)
@@ -82,13 +82,13 @@ def _subarachnoid(rng: Random, head: Head) -> tuple[Volume, Volume]:
         far, side, _ = _surface(rng, head, 0)
         region = ramp((rng.uniform(32, 55) - far) / 6) * ramp((side * head.x + 2) / 2)
         share = rng.uniform(0.75, 1.0)
-    blood: Any = region * np.clip(1.5 * head.fluid, 0, 1) * (1 - head.ventricles) * share
+    blood: Any = region * np.clip(2 * head.fluid, 0, 1) * (1 - head.ventricles) * share
     return _within(head, blood), np.zeros_like(blood)
 
 
 def _intraventricular(rng: Random, head: Head) -> tuple[Volume, Volume]:
     if rng.random() < 0.65:  # a level in the occipital horns
-        level = rng.uniform(8, 26)
+        level = rng.uniform(2, 22)
         part: Any = ramp((head.y - level) / 1.5)
     else:
         side = float(rng.choice([-1, 1]))
@@ -104,7 +104,7 @@ def _intraparenchymal(rng: Random, head: Head) -> tuple[Volume, Volume]:
         center = (rng.uniform(-4, 12), rng.uniform(-16, 14), side * rng.uniform(14, 30))
     else:
         center = (rng.uniform(-6, 42), rng.uniform(-50, 50), side * rng.uniform(16, 42))
-    size = rng.uniform(6, 17)
+    size = rng.uniform(8, 19)
     radii = size * rng.uniform(0.75, 1.35, 3)
     far: Any = np.sqrt(
         sum(((c - m) / r) ** 2 for c, m, r in zip((head.z, head.y, head.x), center, radii, strict=True))
