@@ -19,12 +19,13 @@ from trainer.config import TrainConfig, load_config, text_setting
 PATIENTS, SEEDS = 200, 2
 LABELS = ("haemorrhage", "haemorrhage_slices")
 SPLITS = (0.6, 0.15, 0.25)
-# Over the preset `demo`: boxes of the fine-tuning, few steps, and shades on both sides (recommended_small.yaml).
+# Over the preset `demo`: the boxes of the fine-tuning, few steps, shades on both sides of 1.
 PRETRAINING = (
     "data.modalities=[ct_volumes]",
     "data.batch_size=16",
     "views.volume={box: [16, 48, 40]}",
-    "views.crops=[{count: 2, size: [44, 36], share: [0.5, 1.0]}, {count: 2, size: [28, 24], share: [0.2, 0.5]}]",
+    "views.crops=[{count: 2, size: [44, 36], share: [0.5, 1.0]}, "
+    "{count: 2, size: [28, 24], share: [0.2, 0.5]}]",
     "views.border=[0.0, 0.0]",
     "views.energy_probability=0",
     "views.gamma=[0.7, 1.4]",
@@ -40,8 +41,8 @@ def demo(options: TaskOptions) -> int:
     from ingest.synthetic import heads
 
     patients = options.patients or PATIENTS
+    config = pretraining(options)  # a wrong setting is told now, not after the ingest
     log = demo_tasks.begin(options, {"patients": patients})
-    config = pretraining(options)  # a wrong setting is told now
     demo_tasks.generate(options, log, partial(_build, patients, options.seed), patients)
     outputs: dict[str, Any] = {"outputs": ["slices", "volumes"], "split_fractions": list(SPLITS)}
     if not demo_tasks.ingest(options, log, options.source / heads.FILES, outputs):
