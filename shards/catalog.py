@@ -18,7 +18,7 @@ from shards.errors import UserError
 from shards.ids import digest
 from shards.objects import open_store
 from shards.retries import standing, superseded
-from shards.schema import QUARANTINE_SCHEMA, Split, catalog_schema, is_volumes, schema_of
+from shards.schema import QUARANTINE_SCHEMA, Split, is_volumes, schema_of
 from shards.store import Store, clear_errors
 
 _REQUESTS_AT_ONCE = 16  # of an object store
@@ -100,12 +100,13 @@ def _read_catalogs(
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows of a 2D modality in a split (None: all), known from the commits; none of them is read yet.
+    """The rows of a modality in a split (None: all), known from the commits; none of them is read yet.
 
     committed: rows, with those that are left out.
     """
 
     store: Store
+    modality: str
     split: str | None
     files: tuple[CommittedFile, ...]
     committed: int
@@ -129,7 +130,7 @@ class Selection:
     def _part(self, name: str, columns: list[str]) -> pa.Table:
         with clear_errors(self.store.root):
             try:
-                return _read_catalogs(self.store, [name], catalog_schema(), columns, self.split)
+                return _read_catalogs(self.store, [name], schema_of(self.modality), columns, self.split)
             except (FileNotFoundError, pa.ArrowInvalid):
                 raise _damaged(self.store) from None
 
@@ -138,9 +139,9 @@ def select(root: str | Path | Store, modality: str, split: str | None = None) ->
     """Raises UserError where root is no dataset."""
     store = _open(root)
     commits = list_commits(store)
-    files = tuple(f for c in commits for f in c.images if f.modality == modality)
+    files = tuple(f for c in commits for f in c.catalogs if f.modality == modality)
     committed = _committed_rows(commits, files, modality, split)
-    return Selection(store, split, files, committed, exclusions.read(store))
+    return Selection(store, modality, split, files, committed, exclusions.read(store))
 
 
 def _ahead(

@@ -19,6 +19,7 @@ from trainer.batches import blocks_of
 from trainer.config import CropConfig, TrainConfig, check_world, few_samples_warning
 from trainer.labels import LabelSet, label_sets
 from trainer.preset_files import preset_about
+from trainer.rows import load_rows, none_there
 from trainer.sampling import draws_taken, sampling_weights
 
 SHAPES_UP_TO = 1_000_000  # images of a modality: more rows than these are not read for a median size
@@ -46,19 +47,15 @@ def look_at_data(config: TrainConfig, preset: str) -> Known:
         about = {m: n for m, n in preset_about(preset).images.items() if m in data.modalities}
         return Known(about, "published counts of the preset" if about else "not known", {})
     images, shapes, sizes = {}, {}, {}
-    counts = catalog.counts(data.dataset)
+    counts = catalog.counts(data.dataset, volumes=config.views.volume is not None)
     split = None if data.split == "all" else data.split
     for name in data.modalities:
         by_split = counts.get(name, {})
         images[name] = sum(by_split.values()) if split is None else by_split.get(split, 0)
         if not images[name]:
-            there = ", ".join(m for m, n in counts.items() if sum(n.values())) or "none"
-            raise UserError(
-                f"the dataset has no {name} images in split {data.split} (modalities there: {there}): "
-                "set data.modalities or data.split to what it holds"
-            )
+            raise UserError(none_there(data.dataset, name, data.split))
         if images[name] <= SHAPES_UP_TO:
-            table = catalog.load(data.dataset, name, ["rows", "columns", "size"], split)
+            table = load_rows(data.dataset, name, split).table
             sizes[name] = fmean(table["size"].to_pylist())
             rows, columns = (int(median(table[c].to_pylist())) for c in ("rows", "columns"))
             shapes[name] = (rows, columns)
@@ -101,10 +98,14 @@ def explain(config: TrainConfig, world: int, preset: str) -> dict[str, Any]:
             "gflop_per_step": flop * config.data.batch_size / 1e9,
             "gflop_per_step_and_rank": flop * config.data.batch_size / world / 1e9,
         },
+        "samples": "images" if config.views.volume is None else "volumes",
         "bytes": {
             "batch": batch_bytes(config),
             "batch_of_a_rank": batch_bytes(config) // world,
             "gradients": 4 * sum(model.parameters.values()),
+            "activations_of_a_rank": round(
+                model.activation_bytes * config.data.batch_size / world / config.optim.accumulation
+            ),
             "checkpoint": model.checkpoint_bytes + queue.get("bytes_of_every_rank", 0),
             "checkpoints_kept": _most_checkpoints(config)
             * (model.checkpoint_bytes + queue.get("bytes_of_every_rank", 0)),
@@ -266,12 +267,15 @@ def _when(config: TrainConfig, step: int) -> dict[str, Any]:
 def _crops(config: TrainConfig, known: Known) -> dict[str, Any]:
     """Share of the whole image that a crop covers, smallest and largest, for the typical shape."""
     found = {}
+    volume = config.views.volume
     for name in config.data.modalities:
-        shape = known.shapes.get(name, _SQUARE)
+        shape = known.shapes.get(name, _SQUARE) if volume is None else volume.box[1:]
         size_range = config.views.size_range.get(name, config.views.default_size_range)
         found[name] = {
-            "image": list(shape) if name in known.shapes else "square",
-            "longer_side": list(size_range) if config.views.geometry == "paper" else None,
+            "image": list(shape) if name in known.shapes or volume is not None else "square",
+            "slices": None if volume is None else volume.box[0],
+            "longer_side": list(size_range) if config.views.geometry == "paper" and volume is None else None,
+            "planes": volume.size_range if config.views.geometry == "paper" and volume is not None else None,
             "crops": [
                 {"count": c.count, "size": c.size, "share": _share(config, c, shape, size_range)}
                 for c in config.views.crops
@@ -315,7 +319,13 @@ def _warnings(config: TrainConfig, known: Known) -> list[str]:
 _POINTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "A": (
         "crops: `paper` rescales the longer side and cuts as printed, `recommended` draws their share",
-        ("views.geometry", "views.default_size_range", "views.size_range", "views.crops"),
+        (
+            "views.geometry",
+            "views.default_size_range",
+            "views.size_range",
+            "views.volume",
+            "views.crops",
+        ),
     ),
     "B": (
         "order rescale, energy, gamma, linear, crop; probabilities are not printed",

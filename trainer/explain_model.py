@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.build import build_model
@@ -18,12 +21,14 @@ _IMAGES = 2  # of each group: batch norm needs more than one
 @dataclass(frozen=True)
 class ModelCost:
     """parameters: by part. forward, backward: operations for all crops of an image; a product and its sum
-    are two. checkpoint_bytes: weights, buffers and optimizer, without the queue."""
+    are two. checkpoint_bytes: weights, buffers and optimizer, without the queue. activation_bytes: what the
+    backward keeps of all crops of an image, in float32 and without activation checkpointing."""
 
     parameters: dict[str, int]
     forward: float
     backward: float
     checkpoint_bytes: int
+    activation_bytes: float
 
     def flop_per_sample(self, micro_batches: int = 1) -> float:
         """The codes need the scores of all micro-batches first: all but one go forward twice."""
@@ -38,8 +43,10 @@ def measure_model(config: TrainConfig, labels: Sequence[LabelSet] = ()) -> Model
         images = _IMAGES * len(model.groups)
         channels = config.model.in_channels
         crops = [torch.zeros(c, n, channels, *shape) for c, n, *shape in config.views.stack_shapes(images)]
+        kept: dict[int, int] = {}
         with FlopCounterMode(display=False) as counter:
-            out = model(crops)
+            with saved_tensors_hooks(partial(_note, kept), lambda tensor: tensor):
+                out = model(crops)
             forward = counter.get_total_flops()
             parts = (out.features, *out.scores, *out.logits.values())
             torch.stack([t.sum() for t in parts]).sum().backward()
@@ -52,4 +59,12 @@ def measure_model(config: TrainConfig, labels: Sequence[LabelSet] = ()) -> Model
         forward / images,
         (counter.get_total_flops() - forward) / images,
         state + 4 * moments * sum(parameters.values()),
+        max(sum(kept.values()) - state, 0) / images,
     )
+
+
+def _note(kept: dict[int, int], tensor: Tensor) -> Tensor:
+    """Add the storage of a tensor that the backward needs, each once. Those of the weights are among them."""
+    storage = tensor.untyped_storage()
+    kept[storage._cdata] = storage.nbytes()
+    return tensor

@@ -1,7 +1,7 @@
 """What trainer.explain found, in lines for people."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.config import TrainConfig
@@ -34,7 +34,8 @@ def render(found: Mapping[str, Any]) -> str:
     )
     for part in parts:
         for name, text in part(found):
-            lines.append(f"{name:{_NAME}}{text}")
+            head = f"{name:{_NAME}}" if len(name) < _NAME else f"{name} "
+            lines.append(f"{head}{text}")
     lines += ["", "open points of the paper, and how they are read (docs/training.md)"]
     for point, about in found["open_points"].items():
         lines.append(f"  {point}  {about['reading']}")
@@ -46,7 +47,7 @@ def render(found: Mapping[str, Any]) -> str:
 
 def _batch(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     batch = found["batch"]
-    yield "batch", f"{batch['global']:,} images of all ranks, {batch['per_rank']:,} of a rank"
+    yield "batch", f"{batch['global']:,} {found['samples']} of all ranks, {batch['per_rank']:,} of a rank"
     if batch["micro_batches"] > 1:
         parts = batch["micro_batches"]
         yield "", f"in {parts} micro-batches of {batch['per_rank'] // parts:,}, one Sinkhorn over all of them"
@@ -79,18 +80,19 @@ def _learning_rate(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _passes(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "images", found["data"]["images_from"]
+    what = found["samples"]
+    yield what, found["data"]["images_from"]
     for name, m in found["modalities"].items():
         there = "?" if m["images"] is None else f"{m['images']:,}"
         passes = "?" if m["passes"] is None else _number(m["passes"])
         drawn = "?" if m["drawn"] is None else f"{m['drawn']:,}"
-        yield "", f"{name}: {there} images, {drawn} drawn, {passes} passes"
+        yield "", f"{name}: {there} {what}, {drawn} drawn, {passes} passes"
 
 
 def _order(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     order = found["order"]
     if order["layout"] == "keys":
-        yield "order", "keys: single images, shuffled as a whole"
+        yield "order", f"keys: single {found['samples']}, shuffled as a whole"
         return
     samples, blocks = order["block_samples"], order["group_blocks"]
     yield (
@@ -100,12 +102,13 @@ def _order(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     whole = [name for name, m in order["modalities"].items() if m["whole"]]
     if whole:
-        yield "", f"{', '.join(whole)}: no more images than {samples * blocks:,}, shuffled as a whole"
+        what = f"no more {found['samples']} than {samples * blocks:,}"
+        yield "", f"{', '.join(whole)}: {what}, shuffled as a whole"
     for name, m in order["modalities"].items():
         if not m["whole"]:
             steps = "" if m["steps"] is None else f", a virtual rank in one group for {m['steps']:,} steps"
             size = "" if m["pool_bytes"] is None else f" ({_bytes_text(m['pool_bytes'])} encoded)"
-            yield "", f"{name}: {m['pool']:,} images mixed at a time{size}{steps}"
+            yield "", f"{name}: {m['pool']:,} {found['samples']} mixed at a time{size}{steps}"
 
 
 def _labels(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -151,12 +154,16 @@ def _queue(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _crops(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, about in found["crops"].items():
         shape = "a square image" if about["image"] == "square" else "{} x {} px".format(*about["image"])
+        if about["slices"] is not None:
+            shape = f"the plane, {shape}, all {about['slices']} slices"
         parts = [
-            f"{c['count']} x {c['size']} px {100 * c['share'][0]:.1f} to {100 * c['share'][1]:.1f} %"
+            f"{c['count']} x {_size(c['size'])} px {100 * c['share'][0]:.1f} to {100 * c['share'][1]:.1f} %"
             for c in about["crops"]
         ]
         side = about["longer_side"]
         scaled = f", rescaled to {side[0]:g}-{side[1]:g} px" if side else ""
+        if about["planes"]:
+            scaled = ", rescaled to {}-{} px".format(*map(_size, about["planes"]))
         yield f"crops of {name}", f"{', '.join(parts)} of {shape}{scaled}"
 
 
@@ -177,7 +184,16 @@ def _bytes(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "bytes a step",
         f"batch {size['batch']}, of a rank {size['batch_of_a_rank']}; gradients {size['gradients']}",
     )
+    yield (
+        "memory",
+        f"{size['activations_of_a_rank']} of activations on a rank, in fp32 and without "
+        "model.activation_checkpointing; weights, optimizer and their gradients come to that",
+    )
     yield "checkpoint", f"{size['checkpoint']}; kept at the most {size['checkpoints_kept']}"
+
+
+def _size(size: int | Sequence[int]) -> str:
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
 def _when(at: Mapping[str, Any]) -> str:

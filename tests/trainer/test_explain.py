@@ -69,6 +69,18 @@ def test_operations_and_parameters_are_those_of_the_literature(backbone, gflop, 
     assert cost.parameters["backbone"] / 1e6 == pytest.approx(parameters, abs=0.05)
 
 
+def test_the_3d_column_of_table_one_on_eight_ranks():
+    found = explain(load_config("paper_3d_ct"), 8, "paper_3d_ct")
+    assert found["batch"]["per_rank"] == 4 and found["horizon"]["steps"] == 2_444_000 // 32
+    assert found["compute"]["parameters"]["backbone"] == 167_480
+    assert found["compute"]["gflop_per_sample"] == pytest.approx(80, rel=0.02)  # method.md section 8
+    assert found["bytes"]["batch"] == 32 * 40 * (224 * 192 + 4 * 112 * 96)
+    assert 4e9 < found["bytes"]["activations_of_a_rank"] < 16e9  # it ran on GPUs of 16 GB
+    assert found["queue"]["starts"]["step"] == -(-3 * 24_440 // 32)
+    text = render(found)
+    assert "32 volumes of all ranks, 4 of a rank" in text and "rescaled to 112x96-250x200 px" in text
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "larc-sgd"])
 def test_the_bytes_of_a_checkpoint_are_those_that_a_run_writes(tmp_path, optimizer):
     config = tiny(max_steps=3, optim={"optimizer": optimizer}, swav__freeze_prototypes_steps=0)

@@ -51,6 +51,25 @@ def test_the_paper_s_presets_hold_every_number_of_table_one(name, images):
         assert len(written[section]) >= 8
 
 
+def test_the_paper_s_preset_of_volumes_holds_the_numbers_of_the_3d_column():
+    config, written = load_config("paper_3d_ct"), preset_settings("paper_3d_ct")
+    views, swav, optim = config.views, config.swav, config.optim
+    assert [(c.count, c.size) for c in views.crops] == [(1, (224, 192)), (4, (112, 96))]
+    assert views.volume.box == (40, 224, 192) and views.volume.size_range == ((112, 96), (250, 200))
+    assert (views.geometry, views.border) == ("paper", (0.1, 0.1))
+    assert (swav.assign, swav.temperature, swav.epsilon, swav.sinkhorn_iterations) == ((0, 1), 0.1, 0.03, 3)
+    assert (config.model.feature_dim, swav.prototypes, swav.queue_length) == (128, 1500, 1920)
+    assert (swav.queue_start_epoch, swav.freeze_prototypes_steps) == (3, 4000)
+    assert (config.max_samples, config.epoch_samples) == (100 * 24_440, 24_440)
+    assert config.data.batch_size == 8 * 4 and config.model.backbone == "densenet3d"
+    assert (optim.optimizer, optim.momentum, optim.weight_decay) == ("larc-sgd", 0.9, 1e-6)
+    assert (optim.learning_rate, optim.final_learning_rate) == (0.6, 0.0006)
+    window = config.data.intensity_of("ct_volumes")
+    assert (window.mode, window.center, window.width) == ("fixed", 55, 200)
+    assert (views.energy_probability, views.gamma, views.linear_gain) == (0.8, (1.8, 2.6), (0.9, 1.1))
+    assert all(len(written[section]) >= 8 for section in ("views", "swav", "optim"))
+
+
 @pytest.mark.parametrize("name", ["recommended_2d_xray", "recommended_2d_mixed"])
 def test_the_recommended_presets_differ_from_the_paper_s_in_what_they_say(name):
     paper = load_config(name.replace("recommended", "paper")).model_dump()
@@ -73,16 +92,17 @@ def test_every_preset_builds_its_network_and_makes_a_step(name):
         f"data.batch_size={2 * modalities}",
         f"swav.queue_length={queue}",
         "swav.prototypes=6",
-        "model.backbone=resnet-tiny",
         "views.crops=[{count: 2, size: 32}, {count: 2, size: 16}]",
     ]
+    volumes = load_config(name).views.volume is not None
+    small.append("views.volume.box=[8,32,32]" if volumes else "model.backbone=resnet-tiny")
     with torch.device("meta"):
         whole = build_model(load_config(name))
     assert isinstance(whole, MultiModalSwav) and len(whole.groups) == modalities
     config = load_config(name, small)
     torch.manual_seed(0)
     model = build_model(config)
-    crops = [torch.rand(c.count, config.data.batch_size, 1, c.size, c.size) for c in config.views.crops]
+    crops = [torch.rand(c, n, 1, *shape) for c, n, *shape in config.views.stack_shapes(2 * modalities)]
     metrics = train_step(model, build_optimizer(model, config.optim), build_queue(config), crops, 0, config)
     assert 0 < float(metrics["loss"]) < 10
 

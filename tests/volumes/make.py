@@ -19,15 +19,15 @@ from trainer.config import TrainConfig
 SPACING = (12.0, 4.0, 4.0)
 
 
-def dataset(root: Path, scratch: Path, train: int = 6, test: int = 2) -> str:
+def dataset(root: Path, scratch: Path, train: int = 6, held_out: int = 2) -> str:
     """Committed volumes of 20 slices of 64 x 64 px, of different shape and noise."""
     store = Store(root)
     open_or_create(store, info(modalities=("ct",)))
-    for number in range(train + test):
+    for number in range(train + held_out):
         unit = digest("unit", str(number))
         pixels = head(number)
         rows = [
-            _row(unit, number, z, image, "train" if number < train else "test")
+            _row(unit, number, z, image, "train" if number < train else "val")
             for z, image in enumerate(pixels)
         ]
         found = stacked([Kept(row, Stack((), ())) for row in rows], unit, PSEUDONYMS)
