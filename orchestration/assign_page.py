@@ -6,21 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestration.ingest_page import WARNING, write_private
+from orchestration.page import WARNING, document, facts, section, write_private
 from orchestration.report_data import modality_name
 from orchestration.report_figures import picture
-from orchestration.report_style import CSS
+from orchestration.report_style import STRIPS
 from trainer.assign import Assigned, pictures
 from trainer.embed import Part
 from trainer.export import EncoderInfo
 
 SIDE = 112  # px of a picture
-_STYLE = """
-.strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(6.4rem,1fr));gap:3px;margin:.3rem 0 1.5rem}
-.strip figure{margin:0;background:#000;border-radius:3px;overflow:hidden}
-.strip img{width:100%;aspect-ratio:1;object-fit:contain}
-.strip figcaption{margin:0;padding:.1rem .35rem;background:var(--wash);font-variant-numeric:tabular-nums}
-"""
+WHAT_IT_SHOWS = (
+    "Each image belongs to the prototype of its modality with the largest cosine to its features. The number "
+    "below an image is its distance, 1 - cosine; 0 is the prototype itself."
+)
 
 
 def write_page(
@@ -33,27 +31,25 @@ def write_page(
 ) -> None:
     """Write the page, mode 0600. limit: prototypes of a modality, those with the most images. Raises
     UserError."""
-    sections = [_modality(root, part, assigned, limit) for part, assigned in zip(parts, found, strict=True)]
-    facts = {
+    about = {
         "Network": info.backbone,
         "Steps": f"{info.step:,}",
         "Images": f"{sum(len(p.rows) for p in parts):,}",
     }
-    boxes = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
-    write_private(
-        out,
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Prototypes</title><style>{CSS}{_STYLE}</style></head>\n<body><main>"
+    body = (
         f'<h1>Prototypes and their nearest images</h1><p class="notice">{escape(WARNING)}</p>'
-        f'<p class="lead">Each image belongs to the prototype of its modality with the largest cosine to its '
-        "features. The number below an image is its distance, 1 - cosine; 0 is the prototype itself.</p>"
-        f'<dl class="facts">{boxes}</dl>{"".join(sections)}'
-        "<footer>This file is complete: it loads nothing.</footer></main></body></html>\n",
+        f'<p class="lead">{escape(WHAT_IT_SHOWS)}</p>{facts(about)}'
     )
+    body += "".join(
+        sheet(root, part, assigned, limit, f"sheet-{part.modality}")
+        for part, assigned in zip(parts, found, strict=True)
+    )
+    write_private(out, document("Prototypes", body, STRIPS))
 
 
-def _modality(root: str, part: Part, assigned: Assigned, limit: int) -> str:
+def sheet(root: str, part: Part, assigned: Assigned, limit: int, anchor: str, title: str = "") -> str:
+    """The section of one modality: the nearest images of the `limit` prototypes with the most images.
+    title: what stands before its name."""
     counts = assigned.counts
     order = np.argsort(-counts, kind="stable")
     shown = [int(k) for k in order[:limit] if counts[k]]
@@ -61,10 +57,8 @@ def _modality(root: str, part: Part, assigned: Assigned, limit: int) -> str:
     more = f"; the {len(shown)} with the most images are shown" if len(shown) < used else ""
     strips = "".join(_prototype(root, part, assigned, k) for k in shown)
     name = modality_name(part.modality)
-    return (
-        f"<section><h2>{escape(name)}</h2><p>{len(part.rows):,} images; {used:,} of {len(counts):,} "
-        f"prototypes have some{more}.</p>{strips}</section>"
-    )
+    lead = f"{len(part.rows):,} images; {used:,} of {len(counts):,} prototypes have some{more}."
+    return section(anchor, f"{title}{name}", lead, strips)
 
 
 def _prototype(root: str, part: Part, assigned: Assigned, number: int) -> str:

@@ -19,6 +19,7 @@ from orchestration import (
     cli_jobs,
     cli_model,
     cli_presets,
+    cli_runs,
 )
 from orchestration.cluster import JobFailedError
 from shards.errors import UserError
@@ -188,6 +189,7 @@ def probe(
 cli_model.register(app)  # export, embed, assign
 cli_finetune.register(app)
 cli_capacity.register(app)  # capacity, simulate
+cli_runs.register(app)  # report, ls
 
 
 @app.command()
@@ -220,20 +222,22 @@ def compare(
 
 @app.command()
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="Where datasets or runs are to be written.")] = Path(),
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="Where datasets and runs are to be written."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of checks as JSON.")] = False,
 ) -> None:
-    """Check this machine: decoders, file system, /dev/shm, ports, torch, Ray. Exit code 1 if one fails."""
+    """Check this machine and these folders, with the fix for each failure; exit code 1 if one fails.
+
+    Example: medswav doctor /lustre/datasets /lustre/runs
+    """
     import json
 
-    from orchestration.doctor import run_checks
+    from orchestration.doctor import run_checks, text_of
 
-    checks = run_checks(folder)
-    if as_json:
-        typer.echo(json.dumps([check.as_dict() for check in checks], indent=1))
-    else:
-        for check in checks:
-            typer.echo(f"{check.level:8} {check.name:24} {check.detail}")
+    checks = run_checks(folders or ())
+    typer.echo(json.dumps([c.as_dict() for c in checks], indent=1) if as_json else text_of(checks))
     raise typer.Exit(1 if any(check.level == "failed" for check in checks) else 0)
 
 

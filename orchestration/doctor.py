@@ -1,67 +1,100 @@
-"""`medswav doctor`: is this machine able to do the work? A line a check, with the fix where it fails."""
+"""`medswav doctor`: is this machine able to do the work? A line a check, with the fix where it is not ok."""
 
-import errno
 import os
+import re
 import shutil
 import socket
+import stat
 import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from ingest.dicom.syntaxes import DECODERS, SUPPORTED, check_decoders, undecodable
+from orchestration.doctor_folders import Check, check_folder
 from shards.errors import UserError
 
-MINIMUM_SHM_BYTES = 1 << 30
 # Module, package to install, what it is for: beside the decoders of DICOM.
 OTHERS = (
     ("pydicom", "pydicom", "DICOM"),
     ("nibabel", "nibabel", "NIfTI"),
 )
+HEAD_PORTS = {6379: "--port", 8265: "--dashboard-port"}  # of `ray start --head`
 
 
-@dataclass(frozen=True)
-class Check:
-    """`level`: ok, warning (works, but slowly or not everything), failed."""
-
-    name: str
-    level: str
-    detail: str
-
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self)
-
-
-def run_checks(folder: Path | None = None) -> list[Check]:
-    """All checks; `folder` is where datasets or runs are to be written (default: the working directory)."""
-    target = folder or Path.cwd()
-    return [
+def run_checks(folders: Sequence[Path] = ()) -> list[Check]:
+    """All checks; `folders` are where datasets or runs are to be written (default: the working directory)."""
+    found = [
         _python(),
         *[_module(*module) for module in (*OTHERS, *DECODERS)],
         _syntaxes(),
-        *check_folder(target),
-        _shared_memory(Path("/dev/shm")),
+        *[check for folder in folders or (Path.cwd(),) for check in check_folder(folder)],
+        _object_store(Path("/dev/shm")),
         _ports(),
-        _torch(),
+        _head_ports(),
+        *_torch(),
         _ray(),
+        token(os.environ),
         _key(),
     ]
+    return found
+
+
+def text_of(checks: Sequence[Check]) -> str:
+    """For people: a line a check, the fix below it, and what it comes to."""
+    lines = []
+    for check in checks:
+        lines.append(f"{check.level:8} {check.name:26} {check.detail}")
+        if check.fix:
+            lines.append(f"{'':8} {'':26} fix: {check.fix}")
+    counts = {level: sum(c.level == level for c in checks) for level in ("failed", "warning")}
+    if not any(counts.values()):
+        return "\n".join([*lines, "all is well"])
+    told = [
+        f"{count} {level}{'s' * (level == 'warning' and count > 1)}"
+        for level, count in counts.items()
+        if count
+    ]
+    return "\n".join([*lines, ", ".join(told)])
 
 
 def _python() -> Check:
     text = f"{sys.version_info.major}.{sys.version_info.minor}, {os.cpu_count()} CPUs"
-    return Check("python", "ok" if sys.version_info >= (3, 11) else "failed", text)
+    return Check("python", "ok", text)
 
 
 def _module(module: str, package: str, purpose: str) -> Check:
     try:
         import_module(module)
-    except ImportError:
-        return Check(package, "failed", f"{purpose}: not installed; pip install {package}")
-    return Check(package, "ok", f"{_version(package)} ({purpose})")
+    except ImportError as error:
+        why = "not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
+        return Check(package, "failed", f"{purpose}: {why}", f"pip install {package}")
+    return held_to(package, _version(package), _wanted(package), purpose)
+
+
+def held_to(package: str, found: str, least: str, purpose: str) -> Check:
+    """least: the oldest version that this package says it works with, or empty."""
+    if least and _numbers(found) < _numbers(least):
+        return Check(package, "failed", f"{found} ({purpose})", f"pip install '{package}>={least}'")
+    return Check(package, "ok", f"{found} ({purpose})")
+
+
+def _wanted(package: str) -> str:
+    """The lower bound that medswav's own metadata gives."""
+    try:
+        listed = requires("medswav") or []
+    except PackageNotFoundError:
+        return ""
+    for item in listed:
+        match = re.match(rf"{re.escape(package)}(?:\[[^\]]*\])?\s*>=\s*([0-9.]+)", item)
+        if match:
+            return match.group(1)
+    return ""
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3]]
 
 
 def _syntaxes() -> Check:
@@ -70,76 +103,26 @@ def _syntaxes() -> Check:
         check_decoders()
         broken = undecodable()
     except (UserError, ImportError) as error:
-        return Check("transfer syntaxes", "failed", str(error))
+        return Check("transfer syntaxes", "failed", str(error), "install the packages that are named above")
     if broken:
-        text = f"no working decoder for {', '.join(broken)}: reinstall the packages above"
-        return Check("transfer syntaxes", "failed", text)
+        text = f"no working decoder for {', '.join(broken)}"
+        return Check("transfer syntaxes", "failed", text, "reinstall the packages above")
     return Check("transfer syntaxes", "ok", f"all {len(SUPPORTED)} decode")
 
 
-def check_folder(folder: Path) -> list[Check]:
-    """What commits need of a file system: exclusive hard links, atomic rename, fsync of folders."""
-    if not folder.is_dir():
-        return [Check("folder", "failed", f"{folder} does not exist: create it")]
-    free = shutil.disk_usage(folder).free
-    space = Check("free space", "ok" if free > 5e9 else "warning", f"{free / 1e9:.1f} GB in {folder}")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".medswav-doctor-", dir=folder) as scratch:
-            semantics = [
-                _attempt(name, check, Path(scratch))
-                for name, check in (("link", _link), ("rename", _rename), ("fsync", _fsync))
-            ]
-    except OSError as error:
-        return [space, Check("write", "failed", f"cannot write to {folder}: {error.strerror}")]
-    return [space, *semantics]
+def _object_store(path: Path) -> Check:
+    """A local Ray keeps its object store there; a node of a cluster takes 30 % of its memory."""
+    from orchestration.cluster import OBJECT_STORE_BYTES
 
-
-def _attempt(name: str, check: Callable[[Path], str | None], scratch: Path) -> Check:
-    try:
-        problem = check(scratch)
-    except OSError as error:
-        problem = f"{errno.errorcode.get(error.errno or 0, 'error')}"
-    if problem is None:
-        return Check(f"file system: {name}", "ok", "as the commit protocol needs it")
-    return Check(f"file system: {name}", "failed", f"{problem}: use a folder on another file system")
-
-
-def _link(scratch: Path) -> str | None:
-    first, second = scratch / "first", scratch / "second"
-    first.write_bytes(b"1")
-    second.hardlink_to(first)
-    try:
-        second.hardlink_to(first)
-    except FileExistsError:
-        return None
-    return "a hard link replaces an existing file"
-
-
-def _rename(scratch: Path) -> str | None:
-    new, old = scratch / "new", scratch / "old"
-    new.write_bytes(b"new")
-    old.write_bytes(b"old")
-    new.replace(old)
-    return None if old.read_bytes() == b"new" and not new.exists() else "rename does not replace"
-
-
-def _fsync(scratch: Path) -> str | None:
-    descriptor = os.open(scratch, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return None
-
-
-def _shared_memory(path: Path) -> Check:
     if not path.is_dir():
-        return Check(str(path), "warning", "not there: Ray then keeps its object store on disk, slowly")
+        fix = "mount a tmpfs there: without it Ray keeps its object store on disk, slowly"
+        return Check("object store", "warning", f"{path} is not there", fix)
     free = shutil.disk_usage(path).free
-    if free < MINIMUM_SHM_BYTES:
-        text = f"{free / 1e6:.0f} MB free: start the container with a larger one (--shm-size=2g)"
-        return Check(str(path), "warning", text)
-    return Check(str(path), "ok", f"{free / 1e9:.1f} GB free")
+    text = f"{free / 1e9:.1f} GB free in {path}; a local Ray takes {OBJECT_STORE_BYTES / 1e9:.1f} GB and more"
+    if free < 3 * OBJECT_STORE_BYTES:
+        fix = "a larger one: --shm-size=2g of the container, a memory volume in Kubernetes"
+        return Check("object store", "warning", text, fix)
+    return Check("object store", "ok", text)
 
 
 def _ports() -> Check:
@@ -151,20 +134,74 @@ def _ports() -> Check:
                 pass
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError as error:
-        text = f"{error.strerror or error}: Ray and the ranks talk over TCP; the host name must resolve"
-        return Check("ports", "failed", text)
+        fix = (
+            "Ray and the ranks talk over TCP: allow it on the loopback, and put the host name into /etc/hosts"
+        )
+        return Check("ports", "failed", str(error.strerror or error), fix)
     return Check("ports", "ok", "local TCP works, the host name resolves")
 
 
-def _torch() -> Check:
+def _head_ports() -> Check:
+    taken = [port for port in HEAD_PORTS if _listens(port)]
+    if not taken:
+        return Check("ports of a head node", "ok", f"{', '.join(map(str, HEAD_PORTS))} are free")
+    options = " ".join(f"{HEAD_PORTS[port]} N" for port in taken)
+    fix = f"if that is your Ray, all is well; a second head needs `ray start --head {options}`"
+    return Check("ports of a head node", "warning", f"{', '.join(map(str, taken))} taken", fix)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _torch() -> list[Check]:
     try:
         import torch
     except ImportError:
-        return Check("torch", "failed", "not installed; pip install torch")
-    devices = torch.cuda.device_count()
-    what = f"{devices} GPUs ({torch.cuda.get_device_name(0)})" if devices else "no GPU: training runs on CPUs"
-    level = "ok" if torch.distributed.is_available() else "failed"
-    return Check("torch", level, f"{torch.__version__}, {what}")
+        return [Check("torch", "failed", "not installed", "pip install torch")]
+    found = held_to("torch", torch.__version__, _wanted("torch"), "training")
+    if not torch.distributed.is_available():
+        found = Check(
+            "torch", "failed", f"{torch.__version__} without torch.distributed", "another build of it"
+        )
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [found, gpu(names, nccl, torch.version.cuda, Path("/dev/nvidia0").exists(), _gpu_adds)]
+
+
+def _gpu_adds() -> str | None:
+    """Why the GPU does not compute, or None."""
+    import torch
+
+    try:
+        return None if float((torch.ones(8, device="cuda") + 1).sum()) == 16 else "it computes a wrong sum"
+    except RuntimeError as error:
+        return str(error).splitlines()[0][:200]
+
+
+def gpu(
+    names: Sequence[str], nccl: str | None, cuda: str | None, device_file: bool, tried: object = None
+) -> Check:
+    """names: of the GPUs that torch sees; nccl, cuda: versions that torch was built with; device_file: the
+    driver has one; tried: a function that says why the first one does not compute."""
+    if not names:
+        if device_file:
+            build = f"built for CUDA {cuda}" if cuda else "a CPU build"
+            fix = "install the torch build for the CUDA version of the driver (nvidia-smi shows it)"
+            return Check("GPU and NCCL", "failed", f"there is a GPU that torch ({build}) cannot use", fix)
+        return Check("GPU and NCCL", "ok", "no GPU: training runs on CPUs")
+    text = f"{len(names)} x {names[0]}, CUDA {cuda}, NCCL {nccl or 'none'}"
+    if nccl is None:
+        return Check(
+            "GPU and NCCL", "failed", text, "ranks talk through NCCL: install a torch build that has it"
+        )
+    trouble = tried() if callable(tried) else None
+    if trouble:
+        fix = "update the driver, or install the torch build for its CUDA version (nvidia-smi shows it)"
+        return Check("GPU and NCCL", "failed", f"{text}: {trouble}", fix)
+    return Check("GPU and NCCL", "ok", text)
 
 
 def _ray() -> Check:
@@ -174,9 +211,35 @@ def _ray() -> Check:
     try:
         import ray
     except ImportError:
-        return Check("ray", "failed", "not installed; pip install 'ray[default,train]'")
+        return Check("ray", "failed", "not installed", "pip install 'ray[default,train]'")
     address = wanted_address(None)
-    return Check("ray", "ok", f"{ray.__version__}, " + (f"RAY_ADDRESS={address}" if address else "local"))
+    where = f"RAY_ADDRESS={address}" if address else "local"
+    return held_to("ray", ray.__version__, _wanted("ray"), where)
+
+
+def token(environment: Mapping[str, str]) -> Check:
+    """What `ray start` and the jobs of a cluster prove themselves with. No token is shown."""
+    path = environment.get("RAY_AUTH_TOKEN_PATH")
+    if environment.get("RAY_AUTH_TOKEN"):
+        fix = (
+            "put it into a file of mode 0600 and name that in RAY_AUTH_TOKEN_PATH: others see an environment"
+        )
+        return Check("token", "warning", "RAY_AUTH_TOKEN is set", fix)
+    if not path:
+        fix = "make a file with a token, mode 0600, the same on every node, and set RAY_AUTH_TOKEN_PATH to it"
+        if environment.get("RAY_ADDRESS"):
+            return Check("token", "warning", "none is named, and RAY_ADDRESS names a cluster", fix)
+        return Check("token", "ok", "none is named: a local Ray makes its own for each command")
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        fix = "name a file that is there and that the user of the job can read"
+        return Check("token", "failed", f"RAY_AUTH_TOKEN_PATH={path}: {error.strerror}", fix)
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        return Check("token", "failed", f"others may read or change {path}", f"chmod 600 {path}")
+    if found.st_size == 0:
+        return Check("token", "failed", f"{path} is empty", "write a token into it, the same on every node")
+    return Check("token", "ok", f"{path}, for its owner only")
 
 
 def _key() -> Check:

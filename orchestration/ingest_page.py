@@ -2,23 +2,16 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
 from orchestration.ingest_page_data import Histogram, ModalityPage, PageData, VolumesPage, gather
+from orchestration.page import WARNING, document, facts, write_private
 from orchestration.report_data import REASON_TEXT, modality_name
 from orchestration.report_figures import picture
-from orchestration.report_style import CSS
 from shards.errors import UserError
 from shards.objects import is_url
-
-WARNING = (
-    "This page is as sensitive as the dataset. It shows pixels of patients: names or dates that a device "
-    "wrote into a picture can still be visible. Look at every picture before you pass this file on."
-)
 
 
 def report(dataset: Path, out: Path | None, as_json: bool) -> str:
@@ -35,21 +28,6 @@ def report(dataset: Path, out: Path | None, as_json: bool) -> str:
     return to_json(data) if as_json else f"wrote {out}; {WARNING}"
 
 
-def write_private(out: Path, text: str) -> None:
-    """A page with pixels in it: for its owner only (mode 0600), whole or not at all. Raises UserError."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).replace(out)
-        except BaseException:
-            Path(name).unlink()
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-
-
 def to_json(data: PageData) -> str:
     """The figures of the page, without its pictures."""
     modalities = {
@@ -60,7 +38,7 @@ def to_json(data: PageData) -> str:
         }
         for m in data.modalities
     }
-    facts = {"codec": data.codec, "key_id": data.key_id, "inputs": data.inputs}
+    about = {"codec": data.codec, "key_id": data.key_id, "inputs": data.inputs}
     volumes = {v.partition: dataclasses.asdict(v) for v in data.volumes}
     found = {
         "modalities": modalities,
@@ -68,27 +46,24 @@ def to_json(data: PageData) -> str:
         "quarantined": data.refusals,
         "left_out": data.left_out,
     }
-    return json.dumps(facts | found, indent=1)
+    return json.dumps(about | found, indent=1)
 
 
 def render(data: PageData) -> str:
     """A complete HTML document."""
     images = sum(sum(m.splits.values()) for m in data.modalities)
-    facts = {"Files": data.inputs, "Images": images, "Refused": sum(data.refusals.values())}
+    boxes = {"Files": data.inputs, "Images": images, "Refused": sum(data.refusals.values())}
     if data.left_out:
-        facts["Equal to another, left out"] = sum(data.left_out.values())
+        boxes["Equal to another, left out"] = sum(data.left_out.values())
     if data.volumes:
-        facts["Volumes"] = sum(sum(v.splits.values()) for v in data.volumes)
-    boxes = "".join(f"<div><dt>{k}</dt><dd>{v:,}</dd></div>" for k, v in facts.items())
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Ingested dataset</title><style>{CSS}</style></head>\n<body><main>"
-        f'<h1>Ingested dataset</h1><p class="notice">{escape(WARNING)}</p><dl class="facts">{boxes}</dl>'
+        boxes["Volumes"] = sum(sum(v.splits.values()) for v in data.volumes)
+    return document(
+        "Ingested dataset",
+        f'<h1>Ingested dataset</h1><p class="notice">{escape(WARNING)}</p>'
+        f"{facts({name: f'{value:,}' for name, value in boxes.items()})}"
         f'<p class="caption">Codec {escape(data.codec)}, key id {escape(data.key_id)}</p>'
         f"{_images(data)}{_refusals(data)}{''.join(_modality(m, i) for i, m in enumerate(data.modalities))}"
-        f"{''.join(map(_volumes, data.volumes))}"
-        "<footer>This file is complete: it loads nothing.</footer></main></body></html>\n"
+        f"{''.join(map(_volumes, data.volumes))}",
     )
 
 

@@ -140,7 +140,7 @@ def assign(
     if sheet is not None:
         _check_sheet(sheet.out, images.dataset)
     from orchestration.assign_page import write_page
-    from orchestration.ingest_page import WARNING
+    from orchestration.page import WARNING
     from trainer import assign as assigning
     from trainer.source import open_source
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
+from orchestration.page import document, duration, facts, missing, notice, plain_row, section, signed, table
 from orchestration.report_data import (
     ENCODER_NAMES,
     ENCODERS,
@@ -16,14 +17,12 @@ from orchestration.report_data import (
     PrototypeUse,
     ReportData,
     Spread,
-    Views,
     compare,
     final_loss,
     headline,
     modality_name,
 )
-from orchestration.report_figures import auc_chart, loss_chart, picture, thumbnail, use_chart
-from orchestration.report_style import CSS
+from orchestration.report_figures import auc_chart, loss_chart, picture, thumbnail, use_chart, view_figure
 
 BURNED_IN = (
     "These are pixels of patients. Headers were left behind, but names or dates that a device wrote into the "
@@ -47,74 +46,34 @@ def render(data: ReportData) -> str:
         part(data)
         for part in (_facts, _notes, _result, _ingested, _seen, _learned, _prototypes, _times, _reproduce)
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
-        f"<style>{CSS}</style></head>\n<body><main>"
+    return document(
+        title,
         f'<p class="kicker">medswav pretraining report, {escape(data.date)}</p>'
-        f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{body}'
-        "<footer>This file is complete: it loads nothing and needs no network.</footer>"
-        "</main></body></html>\n"
+        f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{body}',
     )
-
-
-def duration(seconds: float) -> str:
-    """12.3 s, 4 min 05 s or 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _section(anchor: str, title: str, lead: str, body: str) -> str:
-    text = f"<p>{escape(lead)}</p>" if lead else ""
-    return f'\n<section id="{anchor}"><h2>{escape(title)}</h2>{text}{body}</section>'
-
-
-def _table(
-    head: Sequence[str], rows: Sequence[str], numeric: frozenset[int], wide: bool, foot: str = ""
-) -> str:
-    cells = "".join(f"<th{_n(i in numeric)}>{escape(h)}</th>" for i, h in enumerate(head))
-    kind = ' class="wide"' if wide else ""
-    tail = f"<tfoot>{foot}</tfoot>" if foot else ""
-    return (
-        f'<div class="scroll"><table{kind}><thead><tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody>{tail}</table></div>"
-    )
-
-
-def _n(numeric: bool) -> str:
-    return ' class="n"' if numeric else ""
-
-
-def _missing(text: str) -> str:
-    return f'<p class="missing">{escape(text)}</p>'
 
 
 def _facts(data: ReportData) -> str:
-    facts = [("Images ingested", f"{sum(c.total for c in data.counts):,}")]
-    facts.append(("Refused, with a reason", f"{sum(r.count for r in data.refusals):,}"))
+    found = {
+        "Images ingested": f"{sum(c.total for c in data.counts):,}",
+        "Refused, with a reason": f"{sum(r.count for r in data.refusals):,}",
+    }
     if data.curve and data.curve.loss:
-        facts.append(("Loss minus ln K at the end", f"{final_loss(data.curve):+.2f}".replace("-", "−")))
+        found["Loss minus ln K at the end"] = signed(final_loss(data.curve))
     if data.steps:
-        facts.append(("Time in all", duration(sum(s.seconds for s in data.steps))))
-    return '<dl class="facts">' + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts) + "</dl>"
+        found["Time in all"] = duration(sum(s.seconds for s in data.steps))
+    return facts(found)
 
 
 def _notes(data: ReportData) -> str:
-    if not data.notes:
-        return ""
-    return '<div class="notice">' + "".join(f"<p>{escape(n)}</p>" for n in data.notes) + "</div>"
+    return notice(data.notes) if data.notes else ""
 
 
 def _result(data: ReportData) -> str:
     title = "Is the encoder any good?"
     rows = compare(data.scores)
     if not rows:
-        return _section("result", title, "", _missing(data.probe_skipped or "No probe was run."))
+        return section("result", title, "", missing(data.probe_skipped or "No probe was run."))
     linear = [r for r in rows if r.probe == "linear"] or rows
     lead = (
         "The encoder is frozen and a simple classifier is trained on its features. A network of the same "
@@ -126,7 +85,7 @@ def _result(data: ReportData) -> str:
     only_paired = any(r.every_seed and not r.beats() for r in rows)
     notes = (data.label_note, data.seed_note, ON_EVERY_SPLIT if only_paired else "", data.probe_skipped or "")
     foot = " ".join(note for note in notes if note)
-    return _section("result", title, lead, body + (f'<p class="caption">{escape(foot)}</p>' if foot else ""))
+    return section("result", title, lead, body + (f'<p class="caption">{escape(foot)}</p>' if foot else ""))
 
 
 def _score_table(rows: Sequence[Comparison]) -> str:
@@ -137,7 +96,7 @@ def _score_table(rows: Sequence[Comparison]) -> str:
         name = f'<th rowspan="{span[row.modality]}">{escape(modality_name(row.modality))}</th>'
         margin = row.margin()
         won = row.beats()
-        text = "-" if margin is None else f"{margin:+.3f}".replace("-", "−")
+        text = "-" if margin is None else signed(margin, 3)
         verdict = "outside the spread" if won else "on every split" if row.every_seed else "inside the spread"
         body.append(
             f"<tr>{name if first else ''}<td>{escape(PROBE_NAMES.get(row.probe, row.probe))}"
@@ -147,7 +106,7 @@ def _score_table(rows: Sequence[Comparison]) -> str:
             f'<span class="sub">{verdict if margin is not None else ""}</span></td></tr>'
         )
     head = ("Modality", "Probe", *(ENCODER_NAMES[e] for e in ENCODERS), "Margin over random")
-    return _table(head, body, frozenset({2, 3, 4, 5}), wide=True)
+    return table(head, body, frozenset({2, 3, 4, 5}), wide=True)
 
 
 def _spread(spread: Spread | None) -> str:
@@ -158,7 +117,7 @@ def _spread(spread: Spread | None) -> str:
 
 def _ingested(data: ReportData) -> str:
     if not data.counts:
-        return _section("ingested", "What was ingested", "", _missing("The dataset holds no image."))
+        return section("ingested", "What was ingested", "", missing("The dataset holds no image."))
     rows = [
         f"<tr><th>{escape(modality_name(c.modality))}</th>"
         + "".join(f'<td class="n">{v:,}</td>' for v in (c.train, c.val, c.test, c.total, c.patients))
@@ -168,10 +127,10 @@ def _ingested(data: ReportData) -> str:
     sums = [sum(getattr(c, k) for c in data.counts) for k in ("train", "val", "test", "total")]
     foot = "<tr><th>All</th>" + "".join(f'<td class="n">{v:,}</td>' for v in sums) + "<td></td></tr>"
     head = ("Images", "Train", "Validation", "Test", "Total", "Patients")
-    table = _table(head, rows, frozenset(range(1, 6)), wide=False, foot=foot if len(rows) > 1 else "")
+    counted = table(head, rows, frozenset(range(1, 6)), wide=False, foot=foot if len(rows) > 1 else "")
     files = f"{data.inputs:,} files were read. " if data.inputs else ""
     lead = files + "Patients, not images, are dealt to the three splits, so no patient is in two of them."
-    return _section("ingested", "What was ingested", lead, table + _refusals(data) + _sheets(data))
+    return section("ingested", "What was ingested", lead, counted + _refusals(data) + _sheets(data))
 
 
 def _refusals(data: ReportData) -> str:
@@ -182,7 +141,7 @@ def _refusals(data: ReportData) -> str:
         f'<span class="sub"><code>{escape(r.reason)}</code></span></td><td class="n">{r.count:,}</td></tr>'
         for r in sorted(data.refusals, key=lambda r: (-r.count, r.reason))
     ]
-    return "<h3>Refused, and why</h3>" + _table(("Reason", "Count"), rows, frozenset({1}), wide=False)
+    return "<h3>Refused, and why</h3>" + table(("Reason", "Count"), rows, frozenset({1}), wide=False)
 
 
 def _sheets(data: ReportData) -> str:
@@ -201,61 +160,44 @@ def _sheets(data: ReportData) -> str:
 def _seen(data: ReportData) -> str:
     title = "What the network saw"
     if not data.views:
-        return _section("seen", title, "", _missing("No view was drawn."))
+        return section("seen", title, "", missing("No view was drawn."))
     lead = (
         "One image of each modality and all views the network got of it in one step: cropped, rescaled, with "
         "the energy of its frequency bands, its gamma and its brightness changed. It learns to give all of "
         "them the same prototypes."
     )
-    return _section("seen", title, lead, "".join(_view(v) for v in data.views))
-
-
-def _view(view: Views) -> str:
-    name = modality_name(view.modality)
-    biggest = max((g.shape[-1] for g in view.crops), default=0)
-    groups = []
-    for group in view.crops:
-        style = "large" if group.shape[-1] == biggest else "small"
-        crops = "".join(picture(crop, f"{name} crop", style) for crop in group)
-        groups.append(f'<div class="crops">{crops}</div>')
-    sizes = " and ".join(f"{g.shape[0]} × {g.shape[-1]} px" for g in view.crops)
-    return (
-        f'<div class="views"><figure>{picture(thumbnail(view.image, 352), name, "whole")}'
-        f"<figcaption>{escape(name)}, the image</figcaption></figure>"
-        f"<figure>{''.join(groups)}<figcaption>{sizes}, enlarged</figcaption></figure></div>"
-    )
+    return section("seen", title, lead, "".join(map(view_figure, data.views)))
 
 
 def _learned(data: ReportData) -> str:
     title = "How it learned"
     curve = data.curve
     if not curve or not curve.steps:
-        return _section("learned", title, "", _missing("No training step was logged."))
+        return section("learned", title, "", missing("No training step was logged."))
     lead = (
         f"Loss over {curve.steps[-1]:,} steps. A network that tells nothing apart stays at ln K, the dashed "
         "line; every modality has prototypes of its own and so a curve of its own."
     )
-    return _section("learned", title, lead, loss_chart(curve) + _alarms(data))
+    return section("learned", title, lead, loss_chart(curve) + _alarms(data))
 
 
 def _alarms(data: ReportData) -> str:
     if not data.alarms:
         return '<p class="caption">No alarm: the diagnostics of the training show no sign of a collapse.</p>'
-    lines = "".join(f"<p>{escape(text[0].upper() + text[1:])}.</p>" for text in data.alarms)
-    return f'<div class="notice">{lines}</div>'
+    return notice([f"{text[0].upper()}{text[1:]}." for text in data.alarms])
 
 
 def _prototypes(data: ReportData) -> str:
     title = "How the prototypes are used"
     if not data.prototypes:
-        return _section("prototypes", title, "", _missing("Prototype use was not counted."))
+        return section("prototypes", title, "", missing("Prototype use was not counted."))
     lead = (
         "Training images by their nearest prototype, most used first; the dashed line is equal use. "
         "Effective is the number of equally used prototypes with the same entropy; dead ones are nearest to "
         "no image."
     )
     parts = "".join(_use(use, i) for i, use in enumerate(data.prototypes))
-    return _section("prototypes", title, lead, f'<div class="uses">{parts}</div>')
+    return section("prototypes", title, lead, f'<div class="uses">{parts}</div>')
 
 
 def _use(use: PrototypeUse, index: int) -> str:
@@ -273,8 +215,8 @@ def _times(data: ReportData) -> str:
         f'<td class="n">{duration(s.seconds)}</td></tr>'
         for s in data.steps
     ]
-    return _section(
-        "times", "How long it took", "", _table(("Step", "", "Time"), rows, frozenset({2}), wide=False)
+    return section(
+        "times", "How long it took", "", table(("Step", "", "Time"), rows, frozenset({2}), wide=False)
     )
 
 
@@ -282,12 +224,12 @@ def _reproduce(data: ReportData) -> str:
     parts = []
     if data.commands:
         parts.append("<h3>Commands</h3><pre>" + escape("\n".join(data.commands)) + "</pre>")
-    facts = {**data.dataset, **data.machine, **data.versions}
-    if facts:
-        rows = [f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items()]
-        parts.append("<h3>Dataset, machine, versions</h3>" + _table(("", ""), rows, frozenset(), wide=False))
+    about = {**data.dataset, **data.machine, **data.versions}
+    if about:
+        rows = [plain_row((k, v)) for k, v in about.items()]
+        parts.append("<h3>Dataset, machine, versions</h3>" + table(("", ""), rows, frozenset(), wide=False))
     if data.config:
         parts.append(
             f"<details><summary>Training configuration</summary><pre>{escape(data.config)}</pre></details>"
         )
-    return _section("reproduce", "To do it again", "", "".join(parts)) if parts else ""
+    return section("reproduce", "To do it again", "", "".join(parts)) if parts else ""

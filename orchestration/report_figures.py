@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestration.report_data import ENCODER_NAMES, ENCODERS, Comparison, Curve, modality_name
+from orchestration.report_data import ENCODER_NAMES, ENCODERS, Comparison, Curve, Views, modality_name
 
 _Scale = Callable[[float], float]
 
@@ -49,6 +49,23 @@ def picture(image: NDArray[np.uint8], alt: str, style: str = "") -> str:
     kind = f' class="{style}"' if style else ""
     size = f'width="{width}" height="{height}"'
     return f'<img{kind} src="data:image/png;base64,{text}" alt="{escape(alt)}" {size}>'
+
+
+def view_figure(view: Views) -> str:
+    """One image and the crops of it."""
+    name = modality_name(view.modality)
+    biggest = max((g.shape[-1] for g in view.crops), default=0)
+    groups = []
+    for group in view.crops:
+        style = "large" if group.shape[-1] == biggest else "small"
+        crops = "".join(picture(crop, f"{name} crop", style) for crop in group)
+        groups.append(f'<div class="crops">{crops}</div>')
+    sizes = " and ".join(f"{g.shape[0]} × {g.shape[-1]} px" for g in view.crops)
+    return (
+        f'<div class="views"><figure>{picture(thumbnail(view.image, 352), name, "whole")}'
+        f"<figcaption>{escape(name)}, the image</figcaption></figure>"
+        f"<figure>{''.join(groups)}<figcaption>{sizes}, enlarged</figcaption></figure></div>"
+    )
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -88,15 +105,46 @@ def loss_chart(curve: Curve) -> str:
     ]
     if len(lines) != 1:
         lines.append(Line("Mean", curve.steps, curve.loss, "main"))
-    values = [v for line in lines for v in line.y if math.isfinite(v)] + [curve.ln_k]
+    return line_chart(lines, "Loss by step", Reference(curve.ln_k, "ln K"))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A dashed horizontal line that says what a value means; `name` and the value are written on it."""
+
+    value: float
+    name: str
+
+
+def line_chart(
+    lines: Sequence[Line],
+    label: str,
+    reference: Reference | None = None,
+    least: float | None = None,
+    gap: float = 7.0,
+) -> str:
+    """Lines over steps; the last value of each is written at its end. least: the axis begins there, or below.
+    label: what a screen reader says of it; gap: of the names at the ends, in percent of the height."""
+    values = [v for line in lines for v in line.y if math.isfinite(v)]
+    values += [reference.value] if reference else []
+    if not values:
+        return '<p class="missing">Not logged.</p>'
     low, high = min(values), max(values)
-    pad = max(0.08 * (high - low), 0.05)
-    x_range = (0.0, float(max(curve.steps[-1] if curve.steps else 1, 1)))
-    return _line_chart(lines, x_range, (low - pad, high + pad), curve.ln_k)
+    pad = max(0.08 * (high - low), 0.012 * abs(high)) or 0.5  # all are 0
+    low, high = low - pad, high + pad
+    if least is not None:
+        low = min(least, low + pad)
+    end = max((x for line in lines for x in line.x), default=1.0)
+    return _drawn(lines, label, (0.0, float(max(end, 1))), (low, high), reference, gap)
 
 
-def _line_chart(
-    lines: Sequence[Line], x_range: tuple[float, float], y_range: tuple[float, float], reference: float
+def _drawn(
+    lines: Sequence[Line],
+    label: str,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    reference: Reference | None,
+    gap: float,
 ) -> str:
     def left(x: float) -> float:
         return 100 * (x - x_range[0]) / (x_range[1] - x_range[0])
@@ -106,24 +154,43 @@ def _line_chart(
 
     grid = "".join(f'<path class="grid" d="M0 {top(t):.2f}H100"/>' for t in ticks(*y_range, 4))
     drawn = "".join(f'<path class="line {line.style}" d="{_path(line, left, top)}"/>' for line in lines)
-    ln_k = f'<path class="line reference" d="M0 {top(reference):.2f}H100"/>'
-    y_labels = "".join(f'<span class="y" style="top:{top(t):.2f}%">{t:g}</span>' for t in ticks(*y_range, 4))
+    dashed = note = ""
+    if reference:
+        place = top(reference.value)
+        dashed = f'<path class="line reference" d="M0 {place:.2f}H100"/>'
+        text = f"{escape(reference.name)} = {number(reference.value)}"
+        kind = "note under" if place > 50 else "note"
+        note = f'<span class="{kind}" style="top:{place:.2f}%">{text}</span>'
+    y_labels = "".join(
+        f'<span class="y" style="top:{top(t):.2f}%">{_tick(t)}</span>' for t in ticks(*y_range, 4)
+    )
     x_labels = "".join(
         f'<span class="x" style="left:{left(t):.2f}%">{t:,.0f}</span>' for t in ticks(*x_range, 4)
     )
     ends = [next((y for y in reversed(line.y) if math.isfinite(y)), y_range[0]) for line in lines]
-    places = spread_labels([top(y) for y in ends], 7.0)
+    places = spread_labels([top(y) for y in ends], gap)
     names = "".join(
-        f'<span class="end {line.style}" style="top:{place:.2f}%">{escape(line.name)} {end:.2f}</span>'
+        f'<span class="end {line.style}" style="top:{place:.2f}%">{escape(line.name)} {number(end)}</span>'
         for line, place, end in zip(lines, places, ends, strict=True)
     )
     return (
         '<div class="plot lines"><div class="area">'
-        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="Loss by step">'
-        f"{grid}{ln_k}{drawn}</svg>{y_labels}{x_labels}{names}"
-        f'<span class="note" style="top:{top(reference):.2f}%">ln K = {reference:.2f}</span>'
-        "</div></div>"
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
+        f"{grid}{dashed}{drawn}</svg>{y_labels}{x_labels}{names}{note}</div></div>"
     )
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def number(value: float) -> str:
+    """3.14, 27.1, 1,234 or 2.0e-05: three digits that count."""
+    if value == 0 or 0.01 <= abs(value) < 10:
+        return f"{value:.2f}"
+    if abs(value) < 0.01:
+        return f"{value:.1e}"
+    return f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _path(line: Line, left: _Scale, top: _Scale) -> str:
@@ -131,7 +198,7 @@ def _path(line: Line, left: _Scale, top: _Scale) -> str:
     return "M" + "L".join(points) if points else ""
 
 
-def use_chart(counts: Sequence[int], style: str) -> str:
+def use_chart(counts: Sequence[float], style: str) -> str:
     """Prototype use, most used first, as bars; the dashed line is equal use of all."""
     ordered = sorted(counts, reverse=True)
     if not ordered or not ordered[0]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import yaml
 from numpy.typing import NDArray
 
@@ -33,7 +34,7 @@ from trainer import alarms, journal
 from trainer.augment.bands import load_statistics
 from trainer.augment.intensity import to_unit
 from trainer.batches import BatchMaker
-from trainer.config import IntensityConfig, TrainConfig
+from trainer.config import IntensityConfig, SupervisionConfig, TrainConfig
 
 PICTURES = 12  # of each modality
 PICTURE_SIDE = 352  # px
@@ -118,7 +119,7 @@ def _samples(dataset: Path, config: TrainConfig) -> list[Samples]:
     return found
 
 
-def load_picture(dataset: Path, row: Mapping[str, Any], config: TrainConfig) -> NDArray[np.uint8]:
+def load_picture(dataset: str | Path, row: Mapping[str, Any], config: TrainConfig) -> NDArray[np.uint8]:
     """One sample as uint8 [H, W], in the intensities of the training, decoded no larger than is shown."""
     data = ShardReader(dataset).read(row["modality"], row["shard"], row["offset"], row["size"])
     longer, reduce = max(row["rows"], row["columns"]), 0
@@ -130,20 +131,25 @@ def load_picture(dataset: Path, row: Mapping[str, Any], config: TrainConfig) -> 
     return np.rint(255 * unit).astype(np.uint8)
 
 
-def views(dataset: Path, run_dir: Path, config: TrainConfig) -> tuple[Views, ...]:
-    """The first image of each modality in the first batch, and its crops as the network got them."""
-    moved = config.model_copy(update={"data": config.data.model_copy(update={"dataset": str(dataset)})})
+def views(dataset: str | Path, run_dir: Path, config: TrainConfig) -> tuple[Views, ...]:
+    """The first image of each modality in the first batch, and its crops as the network got them. Where each
+    rank has as many images of each modality, no more of the batch is made than the first virtual rank's."""
+    data = config.data.model_copy(update={"dataset": str(dataset), "node_cache": None})
+    optim = config.optim.model_copy(update={"accumulation": 1})
+    changed = {"data": data, "optim": optim, "supervision": SupervisionConfig()}
     path = config.views.band_statistics or run_dir / "bands.json"
     bands = load_statistics(path) if config.views.energy_probability > 0 else None
-    batch = BatchMaker(moved, 0, 1, bands)(0)
-    table = catalog.load(dataset, columns=[*_LOCATION, *_INTENSITY])
-    keys = table["key"].to_pylist()
-    found = []
-    for number, modality in enumerate(batch.modalities):
-        place = number * (len(batch.keys) // len(batch.modalities))
-        row = table.slice(keys.index(batch.keys[place]), 1).to_pylist()[0]
-        image = load_picture(dataset, row, config)
-        found.append(Views(modality, image, tuple(group[:, place] for group in batch.crops)))
+    world = data.lanes if data.sampling == "equal" else 1
+    batch = BatchMaker(config.model_copy(update=changed), 0, world, bands)(0)
+    sizes = batch.sizes or (len(batch.keys) // len(batch.modalities),) * len(batch.modalities)
+    found, place = [], 0
+    for modality, size in zip(batch.modalities, sizes, strict=True):
+        if size:
+            table = catalog.load(dataset, modality, [*_LOCATION, *_INTENSITY])
+            (row,) = table.filter(pc.field("key") == batch.keys[place]).to_pylist()
+            image = load_picture(dataset, row, config)
+            found.append(Views(modality, image, tuple(group[:, place] for group in batch.crops)))
+        place += size
     return tuple(found)
 
 

@@ -97,6 +97,7 @@ min-width:2px}
 .plot .x{top:100%;margin-top:.5rem;transform:translateX(-50%)}
 .plot .end{left:100%;margin-left:.6rem;transform:translateY(-50%)}
 .plot .note{right:.25rem;transform:translateY(-140%)}
+.plot .note.under{transform:translateY(35%)}
 .plot span.main{color:var(--ink);font-weight:640}
 .m0{stroke:var(--c0)}.m1{stroke:var(--c1)}.m2{stroke:var(--c2)}.m3{stroke:var(--c3)}.m4{stroke:var(--c4)}
 .m5{stroke:var(--c5)}
@@ -121,4 +122,12 @@ h2,h3,section>p{break-after:avoid}p{break-inside:avoid}
 .views,.uses div,.auc,.plot,tr,.facts,.sheet{break-inside:avoid}
 .scroll{overflow:visible}table.wide{min-width:0}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}pre{white-space:pre-wrap}}
+"""
+
+# Of contact sheets, beside CSS.
+STRIPS = """
+.strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(6.4rem,1fr));gap:3px;margin:.3rem 0 1.5rem}
+.strip figure{margin:0;background:#000;border-radius:3px;overflow:hidden}
+.strip img{width:100%;aspect-ratio:1;object-fit:contain}
+.strip figcaption{margin:0;padding:.1rem .35rem;background:var(--wash);font-variant-numeric:tabular-nums}
 """

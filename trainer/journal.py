@@ -3,6 +3,7 @@
 `loss` is written with repr's digits, so it reads back as exactly the number that was computed.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from typing import Any
 from trainer import files
 
 log = logging.getLogger(__name__)
+_TAIL_BYTES = 256 << 10  # of the end of a file, in which the last line lies
 
 
 def journal_path(run_dir: Path) -> Path:
@@ -32,6 +34,22 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def last(path: Path) -> dict[str, Any] | None:
+    """The newest complete line, without reading the others; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                return row
+    return None
 
 
 def truncate(path: Path, step: int) -> None:

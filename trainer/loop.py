@@ -9,7 +9,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from trainer import alarms, attempts, checkpoint, files, journal
+from trainer import alarms, attempts, checkpoint, files, journal, run_state
 from trainer.attempts import Attempt
 from trainer.build import build_model
 from trainer.compute import fixed_compute, prepare_network, scheduled_collection, upload
@@ -103,7 +103,8 @@ def train(
     world > 1 torch.distributed is initialised. on_metrics is called on every rank, on logged steps, with
     floats (`samples`: global images since the last call; seconds: means per step since then). When
     should_stop() is true on any rank, all ranks stop after the same step, with a checkpoint. Rank 0 writes
-    metrics.jsonl, alarms.jsonl (where there are any), checkpoints/ and, at the end, encoder.safetensors.
+    metrics.jsonl, timing.jsonl, run.json, alarms.jsonl (where there are any), checkpoints/ and, at the end,
+    encoder.safetensors.
     bands_digest: of the band statistics that the batches are made with; labels: those of supervision.labels;
     one run keeps to them. Raises UserError for a run folder of another run and when another attempt has
     begun, NotFiniteError.
@@ -120,6 +121,7 @@ def train(
         start, attempt = resume(run, state)
         step = start
         meter = Meter(config, attempt, rank, world, run.device, on_metrics, start)
+        told = stack.enter_context(telling(run, attempt, start))
         stack.callback(meter.close)
         online = open_online(run) if start < config.max_steps else None
         stopping = False
@@ -143,10 +145,11 @@ def train(
                 metrics = of_last_steps(run, state, metrics)
             if online is not None and online.is_due(step):
                 metrics |= online.evaluate(unwrap(state.model).backbone)
-            meter.add(step, metrics)
+            meter.add(step, metrics, batch.seconds)
             if meter.saver is not None:
                 meter.saver.check()
             step += 1
+            told.step = step
             saving = step % config.checkpoint.every_steps == 0 or step == config.max_steps
             if saving or meter.is_due(step):
                 stopping = meter.settle(should_stop is not None and should_stop())
@@ -157,6 +160,7 @@ def train(
         finished = step >= config.max_steps
         was_complete = start >= config.max_steps
         encoder = export(run, state, step, attempt, again=not was_complete) if finished else None
+        told.finished = finished
     return TrainResult(step, finished, start, meter.losses, was_complete=was_complete, encoder=encoder)
 
 
@@ -210,8 +214,9 @@ def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
         with files.disk_full_is_clear("starting the run"):
             attempt.begin_from(step)
         journal.truncate(journal.journal_path(run.folder), step)
-        if alarms.alarms_path(run.folder).is_file():
-            journal.truncate(alarms.alarms_path(run.folder), step)
+        for path in (alarms.alarms_path(run.folder), run_state.timing_path(run.folder)):
+            if path.is_file():
+                journal.truncate(path, step)
         return {"step": step, "attempt": attempt.number}
 
     answer = from_rank_zero(decide, rank=run.rank, world=run.world, device=run.device)
@@ -225,6 +230,15 @@ def resume(run: Run, state: TrainState) -> tuple[int, Attempt]:
         tensors = tensors_from_rank_zero(read, rank=run.rank, world=run.world, device=run.device)
         restore(run, state, checkpoint.Checkpoint(step, tensors, {}))
     return step, Attempt(run.folder, int(answer["attempt"]))
+
+
+def telling(run: Run, attempt: Attempt, start: int) -> AbstractContextManager[run_state.Told]:
+    """run.json of rank 0, of an attempt that has something to do."""
+    if run.rank or start >= run.config.max_steps:
+        return nullcontext(run_state.Told())
+    config, device = run.config.model_dump(mode="json"), run.device.type
+    about = (attempt.number, start, run.world, device, run.dataset_fingerprint, config)
+    return run_state.telling(attempt, run_state.of_this_process(*about))
 
 
 def restore(run: Run, state: TrainState, found: checkpoint.Checkpoint) -> None:

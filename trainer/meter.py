@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import alarms, checkpoint, journal, trackers
+from trainer import alarms, checkpoint, journal, run_state, trackers
 from trainer.attempts import Attempt
 from trainer.config import TrainConfig
 from trainer.distributed import mean_and_any
@@ -53,6 +53,9 @@ class Meter:
         self._watch = alarms.watch_of(self._run_dir, config) if rank == 0 else alarms.Watch(config)
         works = rank == 0 and start < config.max_steps
         self._journal = journal.Writer(journal.journal_path(self._run_dir)) if works else None
+        # What is not the same when a run is repeated stands in a file of its own.
+        self._timing = journal.Writer(run_state.timing_path(self._run_dir)) if works else None
+        self._made: dict[str, float] = {}  # seconds of the makers of batches, by stage
         # Of rank 0: saves checkpoints, each when the rows that lead up to it are on the disk.
         self.saver = Saver(attempt, config.checkpoint, self._sync) if works else None
         self._trackers = trackers.open_trackers(config, self._run_dir, start) if works else []
@@ -65,9 +68,12 @@ class Meter:
         yield
         self._wait_seconds += time.perf_counter() - begin
 
-    def add(self, step: int, metrics: dict[str, Any]) -> None:
+    def add(self, step: int, metrics: dict[str, Any], made: Mapping[str, float] | None = None) -> None:
+        """made: seconds that the batch of this step took its maker, by stage."""
         self._pending.append((step, metrics))
         self._steps += 1
+        for stage, seconds in (made or {}).items():
+            self._made[stage] = self._made.get(stage, 0.0) + seconds
 
     def is_due(self, steps_done: int) -> bool:
         return self._device.type == "cpu" or is_logged(steps_done - 1, self._config)
@@ -116,7 +122,11 @@ class Meter:
         }
         if self.saver is not None:
             timing |= self.saver.figures()
-        self._since, self._wait_seconds, self._steps = now, 0.0, 0
+        if self._timing is not None:
+            made = {f"{stage}_seconds": seconds / steps for stage, seconds in self._made.items()}
+            told = {"step": row["step"], "time": run_state.utc_now(), **timing, **made}
+            self._timing.append([told])
+        self._since, self._wait_seconds, self._steps, self._made = now, 0.0, 0, {}
         if self._on_metrics is not None:
             self._on_metrics({**row, **timing})
         for tracker in self._trackers:
@@ -131,6 +141,8 @@ class Meter:
             self.saver.close()
         if self._journal is not None:
             self._journal.close()
+        if self._timing is not None:
+            self._timing.close()
         for tracker in self._trackers:
             tracker.close()
 

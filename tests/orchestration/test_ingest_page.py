@@ -7,8 +7,9 @@ import subprocess
 
 import pytest
 
-from orchestration.ingest_page import WARNING, report
+from orchestration.ingest_page import report
 from orchestration.ingest_report import status_report
+from orchestration.page import WARNING
 from shards import exclusions
 from shards.dataset import open_or_create
 from shards.errors import UserError
