@@ -4,8 +4,11 @@ Exit codes: 0 done, 1 failed, 2 a mistake in the settings (one line on stderr sa
 budget exceeded or units that failed, 130 interrupted. Heavy imports are inside the commands: --help is quick.
 """
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +24,7 @@ from orchestration import (
     cli_presets,
     cli_runs,
 )
+from orchestration.cli_help import PLAIN, InterruptedByUserError, benches_like, presets_like
 from orchestration.cluster import JobFailedError
 from shards.errors import UserError
 from shards.objects import location
@@ -33,12 +37,13 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change a setting; may be repeated.")
 ]
 
+INTERRUPTED = "interrupted: run the same command again; what was complete is kept, and gone on from"
+
 app = typer.Typer(
     name="medswav",
-    help="Hospital image archives to training shards, and multi-modality SwAV pretraining on them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    help="Hospital image archives to training shards, and multi-modality SwAV pretraining on them.\n\n"
+    "Example: medswav doctor && medswav demo --output demo",
+    **PLAIN,
 )
 app.add_typer(cli_ingest.app, name="ingest")
 app.add_typer(cli_presets.app, name="presets")
@@ -55,7 +60,9 @@ def pretrain(
         Path | None,
         typer.Option(help="Folder of checkpoints, metrics and the encoder.", show_default="required"),
     ] = None,
-    preset: Annotated[str, typer.Option(help="Preset (`medswav presets`) or YAML file.")] = "demo",
+    preset: Annotated[
+        str, typer.Option(help="Preset (`medswav presets`) or YAML file.", autocompletion=presets_like)
+    ] = "demo",
     ranks: Annotated[
         str,
         typer.Option(help="Training processes, one a GPU where there are any; 2:8: as many as find a place."),
@@ -180,7 +187,10 @@ def probe(
     backbone: cli_model.Backbone = None,
     as_json: Annotated[bool, typer.Option("--json", help="Rows and summary as JSON.")] = False,
 ) -> None:
-    """AUC of linear probe and kNN on frozen features: pretrained, random-initialised, pixel baseline."""
+    """AUC of linear probe and kNN on frozen features: pretrained, random-initialised, pixel baseline.
+
+    Example: medswav probe --dataset DATASET --encoder RUN/encoder.safetensors
+    """
     from orchestration.probe_job import probe
 
     typer.echo(probe(dataset, encoder, labels, as_json, backbone=backbone))
@@ -302,7 +312,11 @@ def demo(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="ingest, plan, files, list, decoders, augment, read, feed or step.")
+        str,
+        typer.Argument(
+            help="ingest, plan, files, list, decoders, augment, read, feed or step.",
+            autocompletion=benches_like,
+        ),
     ],
     seconds: Annotated[float, typer.Option(help="Measuring time; set-up comes on top.")] = 60.0,
     rows: Annotated[float | None, typer.Option(help="plan: rows of the inventory; default 105e6.")] = None,
@@ -317,7 +331,10 @@ def bench(
         str | None, typer.Option(help="list: s3://BUCKET/PREFIX to write to; default a local folder.")
     ] = None,
 ) -> None:
-    """Measure this machine: one JSON object per figure, with the baseline measured in the same run."""
+    """Measure this machine: one JSON object per figure, with the baseline measured in the same run.
+
+    Example: medswav bench read --seconds 20
+    """
     from orchestration.bench import run
 
     given = {
@@ -351,15 +368,17 @@ def run_app(application: Callable[..., object], name: str, arguments: Sequence[s
     """Run a typer application; its exit code. A user's mistake is one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = application(given, prog_name=name, standalone_mode=False)
+        with terminated_as_interrupted():
+            code = application(given, prog_name=name, standalone_mode=False)
     except (UserError, JobFailedError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command continues", file=sys.stderr)
+    except (InterruptedByUserError, KeyboardInterrupt, typer.Abort):
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     except typer.TyperException as error:
-        print(f"error: {usage_line(error)} (see {name} --help)", file=sys.stderr)
+        command = getattr(getattr(error, "ctx", None), "command_path", name)
+        print(f"error: {usage_line(error)} (see {command} --help)", file=sys.stderr)
         return 2
     except Exception as error:
         mistake = _setting_mistake(error)
@@ -368,6 +387,20 @@ def run_app(application: Callable[..., object], name: str, arguments: Sequence[s
         print(f"error: {mistake}", file=sys.stderr)
         return 2
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does; those that have something to save handle both themselves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def usage_line(error: Exception) -> str:

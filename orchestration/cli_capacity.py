@@ -37,7 +37,7 @@ def capacity(
     measure: Annotated[bool, typer.Option("--measure", help="Rates of a core, now.")] = False,
     dataset: Annotated[Path | None, typer.Option(help="Measure its images.")] = None,
     gpu: Annotated[str, typer.Option(help="Of the docs: v100, h200.")] = "v100",
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Of a node.")] = 8,
     cores_per_node: Annotated[int | None, typer.Option(min=1, help="Default: 80.")] = None,
     memory_per_node: Annotated[str | None, typer.Option(metavar="SIZE", help="Default: 512GB.")] = None,
     storage_bandwidth: Annotated[str | None, typer.Option(metavar="SIZE/s", help="Of all, 2GB/s.")] = None,

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestration.cli_help import GROUP
 from shards.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.checkpoint_files import Listed
 
-app = typer.Typer(help="The checkpoints of a run.", no_args_is_help=True)
+app = typer.Typer(help="The checkpoints of a run.\n\nExample: medswav checkpoints ls RUN", **GROUP)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `medswav pretrain`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestration import cli_quarantine
+from orchestration.cli_help import PLAIN
 from shards.errors import UserError
 from shards.objects import location
 from shards.settings import apply_override
@@ -16,10 +17,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="ingest",
-    help="Source folders (DICOM, NIfTI, images + CSV) to a dataset of committed shards.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    help="Source folders (DICOM, NIfTI, images + CSV) to a dataset of committed shards.\n\n"
+    "Example: ingest plan ARCHIVE && ingest run ARCHIVE DATASET",
+    **PLAIN,
 )
 app.add_typer(cli_quarantine.app, name="quarantine")
 
@@ -108,7 +108,10 @@ def plan(
     outputs: Outputs = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a run would do: counts, refusals by reason, bytes, core-seconds. Writes nothing."""
+    """What a run would do: counts, refusals by reason, bytes, core-seconds. Writes nothing.
+
+    Example: ingest plan ARCHIVE --as slices,volumes
+    """
     from orchestration.ingest_report import plan_report
 
     config = build_config(sources, None, None, None, config_file, set_, table, outputs=outputs)
@@ -139,7 +142,7 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, help="Units at a time; default one a CPU.")] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="host:port of a running Ray cluster; default RAY_ADDRESS, else a local Ray."),
+        typer.Option(help="host:port of a Ray cluster; default RAY_ADDRESS, else a local Ray."),
     ] = None,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 0,
     metrics_host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines scrape.")] = "127.0.0.1",
@@ -148,10 +151,8 @@ def run(
 ) -> None:
     """Convert source folders to a dataset; run again, it goes on where it was.
 
-    Example: ingest run ARCHIVE DATASET
     Example: ingest run s3://BUCKET/EXPORT DATASET --key site.key
     Example: ingest run ARCHIVE DATASET --as slices,volumes
-    Example: ingest run /mnt/pacs DATASET --bytes-per-second 50MB --open-files 64
     """
     import dataclasses
 
@@ -188,9 +189,7 @@ def watch(
     set_: Settings = None,
     table: Table = None,
     outputs: Outputs = None,
-    path_map: Annotated[
-        Path | None, typer.Option(help="Private file of pseudonym and path, as in `ingest run`.")
-    ] = None,
+    path_map: Annotated[Path | None, typer.Option(help="As in `ingest run`.")] = None,
     settle: Annotated[
         float, typer.Option(min=0.1, help="Seconds a file must be unchanged before it is read.")
     ] = 60.0,
@@ -201,7 +200,7 @@ def watch(
     workers: Annotated[int | None, typer.Option(min=1, help="Units at a time; default one a CPU.")] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="host:port of a running Ray cluster; default RAY_ADDRESS, else a local Ray."),
+        typer.Option(help="host:port of a Ray cluster; default RAY_ADDRESS, else a local Ray."),
     ] = None,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 0,
     metrics_host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines scrape.")] = "127.0.0.1",
@@ -233,7 +232,10 @@ def watch(
 
 @app.command()
 def status(dataset: Dataset, as_json: AsJson = False) -> None:
-    """Units planned and committed, images by modality and split, refusals by reason."""
+    """Units planned and committed, images by modality and split, refusals by reason.
+
+    Example: ingest status DATASET
+    """
     from orchestration.ingest_report import status_report
 
     typer.echo(status_report(dataset, as_json))
@@ -245,7 +247,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML page to write, outside of the dataset.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One HTML page: counts, refusals, vendors, sizes, sample pictures. As sensitive as the dataset."""
+    """One HTML page: counts, refusals, vendors, sizes, sample pictures. As sensitive as the dataset.
+
+    Example: ingest report DATASET --out PAGE.html
+    """
     from orchestration import ingest_page
 
     typer.echo(ingest_page.report(dataset, out, as_json))
@@ -257,7 +262,10 @@ def verify(
     deep: Annotated[bool, typer.Option(help="Also hash every file and decode every image.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a dataset against its commits; exit code 1 when something is wrong. Changes nothing."""
+    """Check a dataset against its commits; exit code 1 when something is wrong. Changes nothing.
+
+    Example: ingest verify DATASET --deep
+    """
     from orchestration.ingest_report import verify_report
 
     clean, text = verify_report(dataset, deep, as_json)
@@ -336,7 +344,10 @@ def label(
     by: Annotated[str | None, typer.Option(help="Joining column, where the CSV has several.")] = None,
     of: Annotated[str, typer.Option(help="images | volumes (of --as slices,volumes)")] = "images",
 ) -> None:
-    """Join a table of labels to the samples by their pseudonyms; no shard is rewritten."""
+    """Join a table of labels to the samples by their pseudonyms; no shard is rewritten.
+
+    Example: ingest label DATASET LABELS.csv --key site.key --column finding
+    """
     from orchestration.ingest_report import label_report
 
     typer.echo(label_report(dataset, csv, key, site, name, source, kind, column, by, of))
@@ -346,7 +357,10 @@ def label(
 def key_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Key file to create, outside of any dataset.")],
 ) -> None:
-    """Create a key for the pseudonyms. Keep it secret and keep it: the same key gives the same pseudonyms."""
+    """Create a key for the pseudonyms. Keep it secret and keep it: the same key gives the same pseudonyms.
+
+    Example: ingest key site.key
+    """
     from shards.ids import create_key
 
     create_key(file)

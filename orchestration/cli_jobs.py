@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="The jobs of a cluster: list, output, stop.", no_args_is_help=True)
+from orchestration.cli_help import GROUP
+
+app = typer.Typer(help="The jobs of a cluster: list, output, stop.\n\nExample: medswav jobs ls", **GROUP)
 Address = Annotated[
     str | None, typer.Option(help="Dashboard of the cluster, http://HEAD:8265; default RAY_ADDRESS.")
 ]

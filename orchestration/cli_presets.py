@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(add_completion=False)
+from orchestration.cli_help import GROUP, presets_like
+
+app = typer.Typer(**GROUP | {"no_args_is_help": False})
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
@@ -29,7 +31,7 @@ def presets(context: typer.Context, as_json: AsJson = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A preset, or a YAML file.")],
+    name: Annotated[str, typer.Argument(help="A preset, or a YAML file.", autocompletion=presets_like)],
     as_json: AsJson = False,
 ) -> None:
     """Print a preset: its description, then its settings; with --json all settings, with their defaults.

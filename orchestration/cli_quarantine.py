@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="The refused inputs of a dataset, by pseudonym.", no_args_is_help=True)
+from orchestration.cli_help import GROUP
+
+app = typer.Typer(
+    help="The refused inputs of a dataset, by pseudonym.\n\nExample: ingest quarantine ls DATASET", **GROUP
+)
 
 Dataset = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset: folder, s3://..., gs://...")]
 Paths = Annotated[
@@ -23,7 +27,10 @@ def ls(
     path_map: Paths = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what was refused: pseudonym of the source, reason, modality, kind."""
+    """List what was refused: pseudonym of the source, reason, modality, kind.
+
+    Example: ingest quarantine ls DATASET --reason crashed
+    """
     from orchestration.quarantine_report import listing
 
     typer.echo(listing(dataset, reason, limit, path_map, as_json))
@@ -36,7 +43,10 @@ def show(
     path_map: Paths = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say why one source was refused, in full."""
+    """Say why one source was refused, in full.
+
+    Example: ingest quarantine show DATASET 22tq74
+    """
     from orchestration.quarantine_report import show as shown
 
     typer.echo(shown(dataset, source, path_map, as_json))

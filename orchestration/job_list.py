@@ -6,6 +6,7 @@ A run is what `medswav submit --run-id` names; each time it is submitted is a jo
 import json
 import sys
 import time
+from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from orchestration import submit
@@ -15,7 +16,8 @@ POLL_SECONDS = 0.5
 
 
 def list_jobs(address: str | None, as_json: bool = False) -> str:
-    """A line for each job, oldest first: run, job, state, exit code, start, duration, command."""
+    """A line for each job, oldest first: run, job, state, exit code, start (local; JSON: UTC), duration,
+    command."""
     jobs = sorted(submit.connect(address).list_jobs(), key=lambda job: job.start_time or 0)
     rows = [_row(job) for job in jobs if job.submission_id]
     if as_json:
@@ -25,9 +27,10 @@ def list_jobs(address: str | None, as_json: bool = False) -> str:
     lines = []
     for row in rows:
         code = "" if row["exit_code"] is None else str(row["exit_code"])
+        started = local_time(row["started"])
         lines.append(
-            f"{row['run'] or '-':20} {row['job']:26} {row['state']:10} {code:>4} "
-            f"{row['started'] or '':16} {row['seconds'] // 60:4}:{row['seconds'] % 60:02} {row['command']}"
+            f"{row['run'] or '-':20} {row['job']:26} {row['state']:10} {code:>4} {started:16} "
+            f"{row['seconds'] // 60:4}:{row['seconds'] % 60:02} {row['command']}"
         )
     return "\n".join(lines)
 
@@ -65,6 +68,11 @@ def find(client: Any, name: str) -> Any:
     return max(same, key=lambda job: job.start_time or 0)
 
 
+def local_time(utc: str | None) -> str:
+    """`2026-11-25T19:40:05Z` as people of this place read it, to the minute; empty where it is not known."""
+    return "" if utc is None else datetime.fromisoformat(utc).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
 def _row(job: Any) -> dict[str, Any]:
     began, ended = job.start_time, job.end_time  # ms
     seconds = 0 if not began else (ended / 1000 if ended else time.time()) - began / 1000
@@ -73,7 +81,9 @@ def _row(job: Any) -> dict[str, Any]:
         "job": job.submission_id,
         "state": job.status.value.lower(),
         "exit_code": job.driver_exit_code,
-        "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(began / 1000)) if began else None,
+        "started": datetime.fromtimestamp(began / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        if began
+        else None,
         "seconds": max(0, round(seconds)),
         "command": job.entrypoint,
     }

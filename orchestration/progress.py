@@ -1,5 +1,9 @@
-"""Progress of a long step with an ETA: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long step with an ETA: a live bar on a terminal, a plain line now and then elsewhere.
 
+The bar has no colours where NO_COLOR is set (rich looks at it), and a terminal that is dumb gets the lines.
+"""
+
+import os
 import sys
 import time
 from types import TracebackType
@@ -43,7 +47,7 @@ class Progress:
         self._interval = interval
         self._began = self._printed = time.monotonic()
         self._live: Any = None
-        if self._stream.isatty():
+        if self._stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
             self._open_live()
 
     def _open_live(self) -> None:
