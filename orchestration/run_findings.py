@@ -40,18 +40,24 @@ class Finding:
 
 def findings(data: RunData) -> list[Finding]:
     """Gravest first: what ended the run, what is about to, what keeps it from learning, what slows it."""
-    return [*_end(data), *_disk(data), *_alarms(data), *_speed(data)]
+    end = _end(data)
+    disk = [one for one in _disk(data) if one.kind not in {other.kind for other in end}]
+    return [*end, *disk, *_alarms(data), *_speed(data)]
 
 
 def _end(data: RunData) -> list[Finding]:
     if data.standing.state == "broken":
         if "disk full" in data.standing.why:
-            return [Finding("disk_full", "The disk is full", f"{data.standing.why}.", _OPERATIONS)]
-        return [Finding("failed", "The run has failed", f"{data.standing.why}.", _OPERATIONS)]
+            return [Finding("disk_full", "The disk is full", _sentence(data.standing.why), _OPERATIONS)]
+        return [Finding("failed", "The run has failed", _sentence(data.standing.why), _OPERATIONS)]
     if data.standing.state == "stopped" and data.state is not None and data.state.state == "running":
-        advice = f"{data.standing.why[0].upper()}{data.standing.why[1:]}. Was it killed, or out of memory?"
+        advice = f"{_sentence(data.standing.why)} Was it killed, or out of memory?"
         return [Finding("killed", "The run ended without a word", advice, _OPERATIONS)]
     return []
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _disk(data: RunData) -> list[Finding]:
