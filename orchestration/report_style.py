@@ -96,7 +96,8 @@ min-width:2px}
 .plot .y{right:100%;margin-right:.5rem;transform:translateY(-50%)}
 .plot .x{top:100%;margin-top:.5rem;transform:translateX(-50%)}
 .plot .end{left:100%;margin-left:.6rem;transform:translateY(-50%)}
-.plot .note{right:.25rem;transform:translateY(-140%)}
+.plot .note{background:color-mix(in srgb,var(--paper) 80%,transparent);padding:0 .2rem;
+right:.25rem;transform:translateY(-140%)}
 .plot .note.under{transform:translateY(35%)}
 .plot span.main{color:var(--ink);font-weight:640}
 .m0{stroke:var(--c0)}.m1{stroke:var(--c1)}.m2{stroke:var(--c2)}.m3{stroke:var(--c3)}.m4{stroke:var(--c4)}
