@@ -20,7 +20,7 @@ from typing import Any
 
 from shards.errors import UserError
 
-BENCHES = ("ingest", "plan", "files", "list", "decoders", "augment", "read", "feed", "step")
+BENCHES = ("ingest", "plan", "files", "list", "catalogue", "decoders", "augment", "read", "feed", "step")
 DEFAULT_SECONDS = 60.0
 MINIMUM_TURNS = 3
 _LOWER_IS_BETTER = ("ms", "s", "bytes", "%", "requests", "shards")

@@ -29,6 +29,7 @@ class Job:
     checkpoint_bytes: int
     checkpoints: int
     cache_bytes: int  # of decoded images, a process
+    tables: frozenset[str] = frozenset()  # modalities whose catalogue each process has for itself
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,16 @@ def pretrain(images: Mapping[str, int], job: Job, cluster: Cluster, rates: Rates
     wanted = gpus * rates.gpu.value
     # A rank needs a core of its own; the others make batches, a process each, as far as memory goes.
     cores = cluster.cores - gpus
-    catalogue = sum(images[m] for m in job.shares) * rates.row_bytes.value
-    process = catalogue + job.cache_bytes + WORKER_BYTES
-    fitting = int(_OF_MEMORY * cluster.memory_per_node.value / process)
+    table = sum(images[m] for m in job.shares if m in job.tables) * rates.table_row_bytes.value
+    shared = sum(images[m] for m in job.shares if m not in job.tables) * rates.row_bytes.value
+    process = table + job.cache_bytes + WORKER_BYTES
+    most = _OF_MEMORY * cluster.memory_per_node.value
+    fitting = int((most - shared) / process)
     if fitting < 1:
-        most = _OF_MEMORY * cluster.memory_per_node.value
         raise UserError(
-            f"a maker of batches needs {process / 1e9:.1f} GB (catalogue {catalogue / 1e9:.1f} GB), "
-            f"and of a node it may have {most / 1e9:.1f} GB: raise --memory-per-node"
+            f"a maker of batches needs {process / 1e9:.1f} GB (its catalogue {table / 1e9:.1f} GB), the "
+            f"catalogue of the node {shared / 1e9:.1f} GB, and of a node they may have {most / 1e9:.1f} GB: "
+            "raise --memory-per-node"
         )
     limits = {"GPUs": wanted, "memory": nodes * fitting / core_seconds}
     if cores > 0:
@@ -124,11 +127,12 @@ def pretrain(images: Mapping[str, int], job: Job, cluster: Cluster, rates: Rates
         "network_bytes_per_second_of_a_node": wanted * of_a_node,
         "crop_bytes_per_second_of_a_gpu": rates.gpu.value * job.crop_bytes,
         "gradient_bytes_of_a_step": ring,
-        "catalogue_bytes_of_a_process": catalogue,
+        "catalogue_bytes_of_a_process": table,
+        "catalogue_bytes_of_a_node": shared,
         "process_bytes": process,
         "processes_of_a_node": wanted * core_seconds / nodes,
         "processes_that_fit": fitting,
-        "memory_of_a_node": process * wanted * core_seconds / nodes,
+        "memory_of_a_node": shared + process * wanted * core_seconds / nodes,
         "checkpoint_bytes": job.checkpoints * job.checkpoint_bytes,
         "bytes_read": job.samples * read,
     }

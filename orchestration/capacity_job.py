@@ -9,7 +9,9 @@ from orchestration.capacity import Job, cached_reads, ingest, pretrain, samples_
 from orchestration.capacity_rates import Cluster, Figure, Rates
 from orchestration.simulate import split_samples
 from shards.errors import UserError
-from trainer.config import TrainConfig, check_world, load_config
+from shards.schema import is_volumes
+from trainer.config import DataConfig, TrainConfig, check_world, load_config
+from trainer.rows import SHARED_ROWS
 from trainer.sampling import sampling_weights
 
 
@@ -63,7 +65,7 @@ def capacity(asked: Asked) -> dict[str, Any]:
         "samples": job.samples,
         "batch": job.batch,
         "cluster": {"gpus": cluster.gpus, "nodes": cluster.nodes, "cores": cluster.cores},
-        "figures": {name: asdict(one) for name, one in _figures(cluster, rates)},
+        "figures": {name: asdict(one) for name, one in _figures(cluster, rates, job)},
         **stages,
         "passes": {m: job.samples * share / images[m] for m, share in job.shares.items()},
         "caches": [
@@ -89,7 +91,14 @@ def _job(config: TrainConfig, images: Mapping[str, int]) -> Job:
         checkpoint_bytes=model.checkpoint_bytes,
         checkpoints=config.checkpoint.keep,
         cache_bytes=config.data.cache_bytes,
+        tables=_tables(config.data, images),
     )
+
+
+def _tables(data: DataConfig, images: Mapping[str, int]) -> frozenset[str]:
+    """The modalities whose catalogue each process holds for itself (trainer.rows)."""
+    fewest = {"none": float("inf"), "auto": SHARED_ROWS}.get(data.catalogue_cache, 0)
+    return frozenset(m for m in data.modalities if images[m] < fewest or is_volumes(m))
 
 
 def _cluster(asked: Asked) -> Cluster:
@@ -118,7 +127,7 @@ def _rates(asked: Asked, config: TrainConfig, images: Mapping[str, int]) -> Rate
         views = dict.fromkeys(config.data.modalities, one)
     elif not asked.measure:
         views = known.documented_views(config)
-    scan, convert, row = known.SCAN, known.CONVERT, known.ROW_BYTES
+    scan, convert, row = known.SCAN, known.CONVERT, known.TABLE_ROW_BYTES
     stored = dict.fromkeys(images, known.STORED_BYTES)
     source = known.SOURCE_BYTES
     if asked.source_bytes is not None:
@@ -132,13 +141,13 @@ def _rates(asked: Asked, config: TrainConfig, images: Mapping[str, int]) -> Rate
         from orchestration.capacity_probe import measure
 
         found = measure(config, asked.dataset)
-        scan, row = found.scan, found.row_bytes
+        scan, row = found.scan, found.table_row_bytes
         views = views or found.views
         convert = convert if asked.ingest_per_core is not None else found.convert
         if asked.dataset and asked.stored_bytes is None:  # generated images do not tell how real ones pack
             stored |= found.stored_bytes
     assert views is not None
-    return Rates(scan, convert, source, stored, views, gpu, row)
+    return Rates(scan, convert, source, stored, views, gpu, known.ROW_BYTES, row)
 
 
 def _gpu(asked: Asked, config: TrainConfig) -> Figure:
@@ -153,7 +162,7 @@ def _gpu(asked: Asked, config: TrainConfig) -> Figure:
     return known.documented_gpu(config, asked.gpu_kind)
 
 
-def _figures(cluster: Cluster, rates: Rates) -> list[tuple[str, Figure]]:
+def _figures(cluster: Cluster, rates: Rates, job: Job) -> list[tuple[str, Figure]]:
     return [
         ("cores", cluster.cores_per_node),
         ("memory", cluster.memory_per_node),
@@ -165,5 +174,6 @@ def _figures(cluster: Cluster, rates: Rates) -> list[tuple[str, Figure]]:
         *((f"stored {m}", one) for m, one in rates.stored_bytes.items()),
         *((f"views {m}", one) for m, one in rates.views.items()),
         ("GPU", rates.gpu),
-        ("catalogue", rates.row_bytes),
+        *([("catalogue", rates.row_bytes)] if job.tables < job.shares.keys() else []),
+        *([("of a process", rates.table_row_bytes)] if job.tables else []),
     ]

@@ -45,7 +45,7 @@ class Measured:
     convert: Figure
     views: Mapping[str, Figure]
     stored_bytes: Mapping[str, Figure]
-    row_bytes: Figure
+    table_row_bytes: Figure
 
 
 def measure(config: TrainConfig, dataset: str, seconds: float = 1.0) -> Measured:
@@ -66,7 +66,7 @@ def measure(config: TrainConfig, dataset: str, seconds: float = 1.0) -> Measured
             of = f"{len(sizes):,} {'generated ' if generated else ''}images"
             stored[modality] = Figure(float(sizes.mean()), "bytes an image", "measured", of)
             rows.append(table.nbytes / max(len(table), 1))
-    row = Figure(float(np.mean(rows)), "bytes a row", "measured", "rows of the catalogue, in memory")
+    row = Figure(float(np.mean(rows)), "bytes a row", "measured", "rows of a catalogue that is not shared")
     return Measured(scan, convert, views, stored, row)
 
 

@@ -7,11 +7,13 @@ of which page. docs/capacity.md says where those are from.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shards.errors import UserError
+from shards.row_file import row_bytes
 from trainer.config import TrainConfig
+from trainer.rows import NEEDED_COLUMNS
 
 Origin = Literal["given", "measured", "docs"]
 PAPER_CROPS = ((2, 224), (6, 92))
@@ -55,7 +57,8 @@ class Rates:
     stored_bytes: Mapping[str, Figure]  # of an image
     views: Mapping[str, Figure]  # samples/s, from stored bytes to all views
     gpu: Figure  # samples/s
-    row_bytes: Figure  # of the catalogue in the memory of a process that makes batches
+    row_bytes: Figure  # of the catalogue in the file of a node
+    table_row_bytes: Figure  # of the catalogue in the memory of a process, where it is not shared
 
 
 PAPER = "docs/capacity.md: hardware of the paper"
@@ -63,12 +66,19 @@ SCAN = Figure(1780, "files/s and core", "docs", "docs/capacity.md: header scan")
 CONVERT = Figure(1 / 0.006, "images/s and core", "docs", "docs/capacity.md: 6 ms, uncompressed CT")
 SOURCE_BYTES = Figure(524_288, "bytes an image", "docs", "docs/capacity.md: 512 x 512 px of 16 bits")
 STORED_BYTES = Figure(152e3, "bytes an image", "docs", "docs/capacity.md: 16 TB of 105 M images")
-ROW_BYTES = Figure(166.5, "bytes a row", "docs", "docs/capacity.md: columns that training reads")
+ROW_BYTES = Figure(
+    row_bytes(NEEDED_COLUMNS), "bytes a row", "docs", "one file a node, mapped by its processes"
+)
+TABLE_ROW_BYTES = Figure(166.5, "bytes a row", "docs", "docs/capacity.md: columns that training reads")
 CORES, MEMORY = Figure(80, "cores a node", "docs", PAPER), Figure(512e9, "bytes a node", "docs", PAPER)
-_CT = Figure(122, "samples/s and core", "docs", "docs/capacity.md: 512 px CT, 2026-11-23")
+_RATE, _OF = "samples/s and core", "docs/capacity.md: 2026-11-25, geometry"
+# By geometry of the views. `medswav bench augment`: 512 px CT, 1200 px X-ray.
 _VIEWS = {
-    "ct": _CT,
-    "xr": Figure(48, "samples/s and core", "docs", "preset paper_2d_mixed: 2400 x 2000 px"),
+    geometry: {
+        "ct": Figure(ct, _RATE, "docs", f"{_OF} {geometry}"),
+        "xr": Figure(xr, _RATE, "docs", f"{_OF} {geometry}"),
+    }
+    for geometry, ct, xr in (("recommended", 155.1, 47.0), ("paper", 197.1, 45.3))
 }
 # Samples/s of a GPU for 2 x 224 + 6 x 92: published, or an estimate, never measured by us.
 _GPUS = {
@@ -108,11 +118,9 @@ def documented_views(config: TrainConfig) -> dict[str, Figure]:
             f"no figure of the docs is for crops of {config.views.crops_text}: add --measure, or give "
             "--core-rate"
         )
-    return {m: _VIEWS.get(m, _as_ct(m)) for m in config.data.modalities}
-
-
-def _as_ct(modality: str) -> Figure:
-    return Figure(_CT.value, _CT.unit, "docs", f"{_CT.source}; taken for {modality} too")
+    known = _VIEWS[config.views.geometry]
+    as_ct = replace(known["ct"], source=f"{known['ct'].source}, of CT")
+    return {m: known.get(m, as_ct) for m in config.data.modalities}
 
 
 def documented_gpu(config: TrainConfig, kind: str) -> Figure:

@@ -60,9 +60,13 @@ def _pretraining(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     yield (
         "memory",
-        f"{size(needs['process_bytes'])} a process that makes batches (catalogue "
-        f"{size(needs['catalogue_bytes_of_a_process'])}); a node needs {needs['processes_of_a_node']:,.1f} "
-        f"of them, and {needs['processes_that_fit']:,} fit",
+        f"{size(needs['process_bytes'])} a process that makes batches; a node needs "
+        f"{needs['processes_of_a_node']:,.1f} of them, and {needs['processes_that_fit']:,} fit",
+    )
+    yield (
+        "catalogue",
+        f"{size(needs['catalogue_bytes_of_a_node'])} a node, shared, and "
+        f"{size(needs['catalogue_bytes_of_a_process'])} in each of those processes",
     )
     yield (
         "bandwidth",

@@ -314,12 +314,14 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="ingest, plan, files, list, decoders, augment, read, feed or step.",
+            help="ingest, plan, files, list, catalogue, decoders, augment, read, feed or step.",
             autocompletion=benches_like,
         ),
     ],
     seconds: Annotated[float, typer.Option(help="Measuring time; set-up comes on top.")] = 60.0,
-    rows: Annotated[float | None, typer.Option(help="plan: rows of the inventory; default 105e6.")] = None,
+    rows: Annotated[
+        float | None, typer.Option(help="plan: rows of the inventory (105e6); catalogue (1e6).")
+    ] = None,
     files: Annotated[
         list[float] | None, typer.Option(help="files: a number of files; repeated; default 1e4, 1e5.")
     ] = None,
@@ -345,10 +347,15 @@ def bench(
         "place": place,
     }
     options = {option: value for option, value in given.items() if value is not None}
-    own = {"plan": {"rows"}, "files": {"files", "convert_up_to"}, "list": {"commits", "place"}}
+    own = {
+        "plan": {"rows"},
+        "catalogue": {"rows"},
+        "files": {"files", "convert_up_to"},
+        "list": {"commits", "place"},
+    }
     if options.keys() - own.get(name, set()):
         raise UserError(
-            "--rows is an option of bench plan, --files and --convert-up-to of bench files, "
+            "--rows is an option of bench plan and catalogue, --files and --convert-up-to of bench files, "
             "--commits and --place of bench list"
         )
     run(name, seconds, options=options)

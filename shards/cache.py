@@ -27,7 +27,7 @@ _TEMPORARY_SECONDS = 600.0  # older ones were left by killed writers
 _TOUCH_SECONDS = 60.0  # a hit renews an entry's time at most so often
 # Filled up to 7/8 before old entries go; each process looks after every 1/256 of the limit that it wrote, so
 # that 32 processes between two looks stay below it.
-_KEEP, _LOOK = 7 / 8, 1 / 256
+KEEP, _LOOK = 7 / 8, 1 / 256
 _ENTRIES = 32  # fit at least
 
 
@@ -125,7 +125,7 @@ class NodeCache:
         total, now = sum(size for _, size, _ in files) + wanted, time.time()
         for used, size, path in files:
             left_behind = path.name.startswith(_TEMPORARY) and now - used > _TEMPORARY_SECONDS
-            if left_behind or total > self._limit * _KEEP:
+            if left_behind or total > self._limit * KEEP:
                 with contextlib.suppress(OSError):
                     path.unlink()
                     self.usage.evicted += 1

@@ -1,8 +1,9 @@
 """Reading a dataset: the committed rows, whatever the order in which their units were committed."""
 
+import hashlib
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,18 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from shards import exclusions, parquet
-from shards.commit import Commit, CommittedFile, list_commits
+from shards.commit import Commit, CommittedFile, list_commits, parse_record
 from shards.dataset import read_info
 from shards.errors import UserError
-from shards.ids import digest
+from shards.ids import digest, frame
 from shards.objects import open_store
+from shards.records import all_records
 from shards.retries import standing, superseded
 from shards.schema import QUARANTINE_SCHEMA, Split, is_volumes, schema_of
 from shards.store import Store, clear_errors
 
 _REQUESTS_AT_ONCE = 16  # of an object store
-_PARTS_AHEAD = 4
+_ROWS_AT_ONCE, _GROUPS_AHEAD = 65_536, 2
 _LABELS_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -102,7 +104,7 @@ def _read_catalogs(
 class Selection:
     """The rows of a modality in a split (None: all), known from the commits; none of them is read yet.
 
-    committed: rows, with those that are left out.
+    committed: rows, with those that are left out. state: as `state` gives it.
     """
 
     store: Store
@@ -111,47 +113,72 @@ class Selection:
     files: tuple[CommittedFile, ...]
     committed: int
     left_out: exclusions.Exclusions
-
-    @property
-    def digest(self) -> str:
-        """Another one whenever a row may be another."""
-        of_files = (part for file in self.files for part in (file.path, file.sha256))
-        return digest("selection", self.split or "", self.left_out.name, *of_files)
+    state: str
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """The rows, a catalogue part at a time, a few of which are read ahead. Raises UserError."""
+        """The rows, some catalogue parts at a time, read ahead. Raises UserError."""
         read, found = list(dict.fromkeys([*columns, "key"])), 0
-        for table in _ahead(self._part, [file.path for file in self.files], read):
+        for table in _ahead(self._parts, _groups(self.files), read):
             found += table.num_rows
             yield self.left_out.without(table).select(columns)
         if found != self.committed:
             raise _differing(self.store, found, self.committed)
 
-    def _part(self, name: str, columns: list[str]) -> pa.Table:
+    def _parts(self, names: list[str], columns: list[str]) -> pa.Table:
         with clear_errors(self.store.root):
             try:
-                return _read_catalogs(self.store, [name], schema_of(self.modality), columns, self.split)
+                return _read_catalogs(self.store, names, schema_of(self.modality), columns, self.split)
             except (FileNotFoundError, pa.ArrowInvalid):
                 raise _damaged(self.store) from None
 
 
-def select(root: str | Path | Store, modality: str, split: str | None = None) -> Selection:
-    """Raises UserError where root is no dataset."""
+def state(root: str | Path | Store) -> str:
+    """A digest of all commits and of what is left out: another one whenever a row may be another."""
     store = _open(root)
-    commits = list_commits(store)
-    files = tuple(f for c in commits for f in c.catalogs if f.modality == modality)
-    committed = _committed_rows(commits, files, modality, split)
-    return Selection(store, modality, split, files, committed, exclusions.read(store))
+    records = hashlib.sha256()
+    for unit, data in all_records(store):
+        records.update(frame(unit, data))
+    return digest("state", records.digest(), exclusions.standing_name(store))
+
+
+def select(root: str | Path | Store, modality: str, split: str | None = None) -> Selection:
+    """Raises UserError where root is no dataset. Memory: the names of the modality's catalogue parts."""
+    store = _open(root)
+    records, committed = hashlib.sha256(), 0
+    files: list[CommittedFile] = []
+    for unit, data in all_records(store):
+        records.update(frame(unit, data))
+        commit = parse_record(unit, data)
+        own = [file for file in commit.catalogs if file.modality == modality]
+        committed += _committed_rows([commit], own, modality, split)
+        files += own
+    left_out = exclusions.read(store)
+    known = digest("state", records.digest(), left_out.name)
+    return Selection(store, modality, split, tuple(files), committed, left_out, known)
+
+
+def _groups(files: Sequence[CommittedFile]) -> Iterator[list[str]]:
+    """Parts that are read together: a unit of ingest may have few rows."""
+    group: list[str] = []
+    rows = 0
+    for file in files:
+        group.append(file.path)
+        rows += file.samples
+        if rows >= _ROWS_AT_ONCE:
+            yield group
+            group, rows = [], 0
+    if group:
+        yield group
 
 
 def _ahead(
-    read: Callable[[str, list[str]], pa.Table], names: Sequence[str], columns: list[str]
+    read: Callable[[list[str], list[str]], pa.Table], groups: Iterable[list[str]], columns: list[str]
 ) -> Iterator[pa.Table]:
-    with ThreadPoolExecutor(_PARTS_AHEAD) as pool:
+    with ThreadPoolExecutor(_GROUPS_AHEAD) as pool:
         waiting: deque[Future[pa.Table]] = deque()
-        for name in names:
-            waiting.append(pool.submit(read, name, columns))
-            if len(waiting) > _PARTS_AHEAD:
+        for group in groups:
+            waiting.append(pool.submit(read, group, columns))
+            if len(waiting) > _GROUPS_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -186,6 +213,18 @@ def counts(root: str | Path | Store, volumes: bool = False) -> dict[str, dict[st
         if modality in totals:
             totals[modality][split] -= left_out
     return dict(sorted(totals.items()))
+
+
+def mean_bytes(root: str | Path | Store) -> dict[str, float]:
+    """Encoded bytes of a 2D sample by modality, with those that are left out, from the commits."""
+    samples: dict[str, int] = {}
+    encoded: dict[str, int] = {}
+    for commit in list_commits(_open(root)):
+        for modality, statistics in commit.statistics.items():
+            if not is_volumes(modality):
+                samples[modality] = samples.get(modality, 0) + statistics["samples"]
+                encoded[modality] = encoded.get(modality, 0) + statistics["encoded_bytes"]
+    return {modality: encoded[modality] / n for modality, n in sorted(samples.items()) if n}
 
 
 def quarantine(root: str | Path | Store) -> pa.Table:

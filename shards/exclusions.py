@@ -76,13 +76,25 @@ def read(store: Store) -> Exclusions:
     return next((record for record in found if record is not None), NOTHING)
 
 
-def read_record(store: Store, name: str) -> Exclusions | None:
-    """One record, held to the digest in its name; None where it is damaged or gone."""
+def standing_name(store: Store) -> str:
+    """The name of the record that `read` gives; its rows are not looked at."""
+    found = (name for name in exclusion_names(store) if _whole(store, name) is not None)
+    return next(found, NOTHING.name)
+
+
+def _whole(store: Store, name: str) -> bytes | None:
+    """The bytes of a record, held to the digest in its name; None where it is damaged or gone."""
     try:
         data = store.read(name)
     except FileNotFoundError:
         return None
-    if name != _name_of(data, int(name.rpartition("/")[2][:10])):
+    return data if name == _name_of(data, int(name.rpartition("/")[2][:10])) else None
+
+
+def read_record(store: Store, name: str) -> Exclusions | None:
+    """One record; None where it is damaged or gone."""
+    data = _whole(store, name)
+    if data is None:
         return None
     table = parquet.read_bytes(data)
     column = table["excluded"].combine_chunks()

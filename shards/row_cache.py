@@ -12,14 +12,15 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from shards.catalog import Selection
+from shards.catalog import Selection, select
 from shards.errors import UserError
 from shards.ids import digest
 from shards.objects import location
 from shards.row_file import FORMAT, LongKeyError, RowFile, row_bytes, write
-from shards.store import OPS, sync_folder
+from shards.store import OPS, Store, sync_folder
 
 log = logging.getLogger(__name__)
 _TEMPORARY = ".tmp-"
@@ -29,27 +30,46 @@ class NoRowCacheError(UserError):
     """The folder cannot be used: no room, no permission, no such disk."""
 
 
-def open_rows(selection: Selection, modality: str, columns: Sequence[str], folder: Path) -> RowFile | None:
-    """The rows of a selection, by shard and offset; None where it has none. They are written at the first
+@dataclass(frozen=True)
+class Wanted:
+    """The rows of a modality in a split (None: all) with these columns."""
+
+    store: Store
+    modality: str
+    split: str | None
+    columns: tuple[str, ...]
+
+    @property
+    def slot(self) -> str:
+        return digest("rows", str(location(self.store.root)), self.modality, self.split or "")
+
+    def file_name(self, state: str) -> str:
+        return f"{self.slot}-{digest(str(FORMAT), state, *self.columns)}"
+
+
+def open_rows(wanted: Wanted, state: str, folder: Path, at_least: int = 1) -> RowFile | None:
+    """The rows by shard and offset; None where there are fewer than at_least. They are written at the first
     time, which takes twice their size of disk for a moment.
 
-    Raises NoRowCacheError, UserError for a dataset that cannot be read.
+    state: catalog.state. Raises NoRowCacheError, UserError for a dataset that cannot be read.
     """
-    slot = digest("rows", str(location(selection.store.root)), modality, selection.split or "")
-    target = folder / f"{slot}-{digest('state', str(FORMAT), *columns, selection.digest)}"
-    opened = _open(target, columns)
+    opened = _open(folder / wanted.file_name(state), wanted.columns)
     if opened is not None:
         return opened
+    selection = select(wanted.store, wanted.modality, wanted.split)
+    if selection.committed < at_least:
+        return None
+    target = folder / wanted.file_name(selection.state)  # of the very commits that it will be built from
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(folder / f"{slot}.lock"):
-            opened = _open(target, columns)
+        with _locked(folder / f"{wanted.slot}.lock"):
+            opened = _open(target, wanted.columns)
             if opened is not None:
                 return opened
-            _remove(folder, slot)
-            return _build(selection, modality, columns, target)
+            _remove(folder, wanted.slot)
+            return _build(selection, wanted, target)
     except LongKeyError as error:
-        raise NoRowCacheError(f"{error}: set data.catalogue_cache=off") from None
+        raise NoRowCacheError(f"{error}: set data.catalogue_cache=none") from None
     except OSError as error:
         raise NoRowCacheError(f"{folder}: {(error.strerror or str(error)).lower()}") from error
 
@@ -62,7 +82,8 @@ def _open(target: Path, columns: Sequence[str]) -> RowFile | None:
         return None
 
 
-def _build(selection: Selection, modality: str, columns: Sequence[str], target: Path) -> RowFile | None:
+def _build(selection: Selection, wanted: Wanted, target: Path) -> RowFile | None:
+    modality, columns = wanted.modality, wanted.columns
     needed = selection.committed * 2 * row_bytes(columns)
     free = shutil.disk_usage(target.parent).free
     if needed > free:

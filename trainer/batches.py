@@ -38,7 +38,7 @@ from trainer.labels import LabelSet, SampleLabels, label_sets, sample_labels
 from trainer.reading import BatchReads, Key, ReadAhead, open_reader, place_of
 from trainer.rows import NEEDED_COLUMNS as NEEDED_COLUMNS
 from trainer.rows import Modality as Modality
-from trainer.rows import Plan, Rows, in_order
+from trainer.rows import Plan, Rows, in_order, open_modalities
 from trainer.rows import open_modality as open_modality
 from trainer.rows import rows_of as rows_of
 from trainer.sampling import rank_parts, sampling_weights
@@ -219,7 +219,7 @@ class BatchMaker:
         if self._opened is None:
             cv2.setNumThreads(1)  # a batch is made by one thread; the cores belong to other workers
             data = self._config.data
-            opened = {m: in_order(open_modality(data, m), data) for m in data.modalities}
+            opened = {m: in_order(rows, data) for m, rows in open_modalities(data).items()}
             sampling_weights(data, {name: len(m) for name, m in opened.items()})  # can they be sampled so?
             if self._fingerprint is not None:  # after the rows are read: a dataset only ever grows
                 _check_fingerprint(data.dataset, self._fingerprint)
@@ -271,7 +271,7 @@ def fit_bands(
     """
     cv2.setNumThreads(1)
     reader = open_reader(config.data)
-    opened = [open_modality(config.data, name) for name in config.data.modalities]
+    opened = list(open_modalities(config.data).values())
     done, total = 0, sum(min(limit, len(modality)) for modality in opened)
 
     def told(pyramids: Iterator[Pyramid | VolumePyramid]) -> Iterator[Pyramid | VolumePyramid]:

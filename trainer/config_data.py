@@ -68,7 +68,7 @@ class DataConfig(Strict):
     cache_bytes: int = Field(default=256 << 20, ge=0)  # decoded images and their bands, per worker process
     read_threads: int = Field(default=4, ge=0)  # reads at a time of a worker process, ahead of decoding
     read_ahead_bytes: int = Field(default=64 << 20, ge=0)  # encoded images read and not yet decoded
-    # A folder for catalogues that all processes of a node map; auto: of many rows, among temporary files; off
+    # A folder of the node for catalogues that its processes share; auto: temporary, for many rows; none
     catalogue_cache: str = Field(default="auto", min_length=1)
     node_cache: str | None = None  # a folder on a disk of the node: blocks of shards, shared by its processes
     node_cache_bytes: int = Field(default=64 << 30, ge=1 << 30)  # the files in that folder

@@ -18,6 +18,7 @@ from trainer.augment import crops
 from trainer.batches import blocks_of
 from trainer.config import CropConfig, TrainConfig, check_world, few_samples_warning
 from trainer.labels import LabelSet, label_sets
+from trainer.pool import cache_warning, mixed_images
 from trainer.preset_files import preset_about
 from trainer.rows import load_rows, none_there
 from trainer.sampling import draws_taken, sampling_weights
@@ -182,10 +183,11 @@ def _order(config: TrainConfig, known: Known) -> dict[str, Any]:
     for m, n in known.images.items():
         lanes = data.lanes if data.sampling == "equal" else 1
         steps = lane_steps(n, data.per_modality, lanes, blocks) if lanes > 1 else None
+        pool = mixed_images(data, blocks, n)
         found["modalities"][m] = {
             "whole": blocks.shuffle_all(n),
-            "pool": min(n, lanes * blocks.window),
-            "pool_bytes": min(n, lanes * blocks.window) * known.sizes[m] if m in known.sizes else None,
+            "pool": pool,
+            "pool_bytes": pool * known.sizes[m] if m in known.sizes else None,
             "steps": None if blocks.shuffle_all(n) else steps,
         }
     return found
@@ -301,6 +303,8 @@ def _warnings(config: TrainConfig, known: Known) -> list[str]:
     found = []
     if warning := few_samples_warning(config, _rarest(config, known)):
         found.append(f"{warning}; {PERPLEXITY}")
+    if warning := cache_warning(config.data, known.images, known.sizes):
+        found.append(warning)
     swav = config.swav
     if config.method == "swav" and swav.freeze_prototypes_steps >= config.max_steps:
         found.append("the prototypes stay frozen for the whole run: lower swav.freeze_prototypes_steps")

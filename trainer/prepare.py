@@ -1,10 +1,12 @@
 """What a run needs from its dataset before the first step; imports no torch."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from shards import catalog
 from shards.errors import UserError
 from shards.ids import digest
 from trainer.augment.bands import BandStatistics, load_statistics, save_statistics
@@ -13,7 +15,9 @@ from trainer.batches import fit_bands
 from trainer.config import TrainConfig
 from trainer.files import disk_full_is_clear, new_attempt
 from trainer.labels import LabelSet, label_sets
+from trainer.pool import cache_warning
 
+log = logging.getLogger(__name__)
 Bands = Mapping[str, BandStatistics]
 
 
@@ -41,6 +45,8 @@ def prepare(
     if not config.data.dataset:
         raise UserError("data.dataset is not set: name the folder of the dataset, data.dataset=FOLDER")
     fingerprint = dataset_fingerprint(config.data.dataset)
+    if config.data.node_cache is not None:
+        _warn_of_small_cache(config)
     labels = label_sets(config)
     path = run_dir / "bands.json"
     if needs_fit(config, run_dir):
@@ -50,6 +56,14 @@ def prepare(
             save_statistics(temporary, fit_bands(config, progress=progress))
             temporary.rename(path)
     return Prepared(fingerprint, load_bands(config, run_dir), labels)
+
+
+def _warn_of_small_cache(config: TrainConfig) -> None:
+    data = config.data
+    counts, mean = catalog.counts(data.dataset), catalog.mean_bytes(data.dataset)
+    images = {m: sum(n.values()) if data.split == "all" else n[data.split] for m, n in counts.items()}
+    if warning := cache_warning(data, images, mean):
+        log.warning("%s", warning)
 
 
 def load_bands(config: TrainConfig, run_dir: Path) -> Bands | None:

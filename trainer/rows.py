@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from shards import catalog
 from shards.errors import UserError
-from shards.row_cache import NoRowCacheError, open_rows
+from shards.objects import open_store
+from shards.row_cache import NoRowCacheError, Wanted, open_rows
 from shards.row_file import RowFile
 from shards.schema import is_volumes
 from trainer.config import DataConfig
@@ -117,12 +118,23 @@ def with_range(table: pa.Table) -> pa.Table:
 Rows = Modality | MappedModality
 
 
-def open_modality(data: DataConfig, name: str) -> Rows:
-    """The rows of a modality in the configured split, sorted by key. Raises UserError when there is none."""
+def open_modalities(data: DataConfig) -> dict[str, Rows]:
+    """The rows of each modality in the configured split, sorted by key. Raises UserError for one without."""
     split = None if data.split == "all" else data.split
-    file = _mapped(data, name, split)
-    if file is not None:
-        return MappedModality(name, file)
+    state = "" if data.catalogue_cache == "none" else catalog.state(data.dataset)
+    found: dict[str, Rows] = {}
+    for name in data.modalities:
+        found[name] = _mapped(data, name, split, state) or _table(data, name, split)
+    pa.default_memory_pool().release_unused()  # commit records and what was sorted: no other use is near
+    return found
+
+
+def open_modality(data: DataConfig, name: str) -> Rows:
+    """`open_modalities` of one."""
+    return open_modalities(data.model_copy(update={"modalities": (name,)}))[name]
+
+
+def _table(data: DataConfig, name: str, split: str | None) -> Modality:
     modality = load_rows(data.dataset, name, split)
     if not len(modality):
         raise UserError(none_there(data.dataset, name, data.split))
@@ -149,41 +161,42 @@ def load_rows(root: str, name: str, split: str | None = None, more: tuple[str, .
     return VolumeModality(name, with_range(catalog.load(root, name, [*VOLUME_COLUMNS, *more], split)))
 
 
-def _mapped(data: DataConfig, name: str, split: str | None) -> RowFile | None:
+def _mapped(data: DataConfig, name: str, split: str | None, state: str) -> MappedModality | None:
     """The row file as data.catalogue_cache has it; None: a table of this process, as volumes always have.
     Raises UserError."""
-    if data.catalogue_cache == "off" or is_volumes(name):
+    if data.catalogue_cache == "none" or is_volumes(name):
         return None
-    selection = catalog.select(data.dataset, name, split)
     auto = data.catalogue_cache == "auto"
-    if auto and selection.committed < SHARED_ROWS:
-        return None
+    store = open_store(data.dataset)
     try:
         folder = _own_folder() if auto else Path(data.catalogue_cache)
-        return open_rows(selection, name, NEEDED_COLUMNS, folder)
+        wanted = Wanted(store, name, split, NEEDED_COLUMNS)
+        file = open_rows(wanted, state, folder, SHARED_ROWS if auto else 1)
+        if auto and file is not None:
+            _own_folder()  # still ours: it may have been made meanwhile
     except NoRowCacheError as error:
         if not auto:
             raise UserError(f"data.catalogue_cache: {error}") from None
-        size = selection.committed * TABLE_ROW_BYTES / 1e9
+        size = catalog.select(store, name, split).committed * TABLE_ROW_BYTES / 1e9
         log.warning(
             "the catalogue of %s takes %.1f GB of memory in every process that makes batches, because it "
             "cannot be shared: %s; set data.catalogue_cache to a folder on a disk of the node",
             *(name, size, error),
         )
         return None
+    return MappedModality(name, file) if file is not None else None
 
 
 def _own_folder() -> Path:
     """Of this user, among the temporary files of the node. Raises NoRowCacheError where another has it."""
     folder = Path(tempfile.gettempdir()) / f"medswav-{os.getuid()}"
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
         known = folder.lstat()
-    except OSError as error:
-        raise NoRowCacheError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
+    except OSError:  # it is made private when it is needed
+        return folder
     if known.st_uid != os.getuid() or known.st_mode & 0o077 or folder.is_symlink():
         raise NoRowCacheError(f"{folder} can be written by others")
-    return folder / "catalogue"
+    return folder
 
 
 def in_order(modality: Rows, data: DataConfig) -> Rows:

@@ -1,14 +1,18 @@
 """How batches are read: ahead, joined, through a node cache; equal whatever is set; damage named."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
+from shards import catalog
 from shards.errors import UserError
 from shards.tar import list_members
 from tests.batches import make
 from tests.batches.test_batches import same
 from trainer.batches import BatchMaker
-from trainer.config import OrderConfig, TrainConfig
+from trainer.config import DataConfig, OrderConfig, TrainConfig
+from trainer.pool import cache_warning
+from trainer.prepare import prepare
 
 
 def with_data(config: TrainConfig, **changes) -> TrainConfig:
@@ -81,3 +85,23 @@ def test_damage_in_a_catalogue_without_crc32_is_named_where_the_codec_finds_it(t
     with pytest.raises(UserError, match=r"shard .* holds other bytes than were committed"):
         for step in (1, 2, 3):
             maker(step)
+
+
+def test_a_node_cache_smaller_than_what_is_mixed_is_told_with_the_fix(root, tmp_path, caplog):
+    data = DataConfig(
+        modalities=("ct",), batch_size=8, node_cache=str(tmp_path / "c"), node_cache_bytes=1 << 30
+    )
+    text = cache_warning(data, {"ct": 10**9}, {"ct": 152e3})  # 8 virtual ranks mix 1024 images each
+    assert text is not None and "1.2 GB of encoded" in text
+    needed = int(text.partition("data.node_cache_bytes to ")[2].split()[0])
+    enough = data.model_copy(update={"node_cache_bytes": needed})
+    assert cache_warning(enough, {"ct": 10**9}, {"ct": 152e3}) is None
+    assert cache_warning(data, {"ct": 5000}, {"ct": 152e3}) is None  # there are no more to mix
+    assert cache_warning(data.model_copy(update={"node_cache": None}), {"ct": 10**9}, {"ct": 152e3}) is None
+
+    sizes = catalog.mean_bytes(root)
+    assert sizes["ct"] == np.mean(catalog.load(root, "ct", ["size"])["size"].to_pylist())
+    own = make.config(root, energy_probability=0.0)
+    small = own.data.model_copy(update={"node_cache": str(tmp_path / "c"), "node_cache_bytes": 1000})
+    prepare(own.model_copy(update={"data": small}), tmp_path / "run")
+    assert "mixed at a time" in caplog.text

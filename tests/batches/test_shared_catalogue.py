@@ -61,7 +61,7 @@ def values(modality: rows.Rows) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("layout", ["blocks", "keys"])
 def test_batches_and_bands_are_the_same_as_of_a_table(root, bands, tmp_path, layout):
-    shared, table = config(root, tmp_path / "cache", layout), config(root, "off", layout)
+    shared, table = config(root, tmp_path / "cache", layout), config(root, "none", layout)
     assert isinstance(open_modality(shared.data, "ct"), MappedModality)
     assert isinstance(open_modality(table.data, "ct"), Modality)
     assert fit_bands(shared) == bands

@@ -26,7 +26,8 @@ def given(value: float) -> Figure:
 
 def rates(**changed) -> Rates:
     stored, views = dict.fromkeys(PAPER, known.STORED_BYTES), dict.fromkeys(PAPER, given(100))
-    base = Rates(known.SCAN, known.CONVERT, known.SOURCE_BYTES, stored, views, given(96.5), known.ROW_BYTES)
+    rows = (known.ROW_BYTES, known.TABLE_ROW_BYTES)
+    base = Rates(known.SCAN, known.CONVERT, known.SOURCE_BYTES, stored, views, given(96.5), *rows)
     return replace(base, **changed)
 
 
@@ -66,12 +67,38 @@ def test_a_batch_of_equal_parts_counts_the_slow_modality_as_often_as_it_is_drawn
     assert needs["cores_per_gpu"] == pytest.approx(1 + 1000 * (0.75 / 100 + 0.25 / 20))
 
 
-def test_the_catalogue_is_in_the_memory_of_each_process():
-    stage = pretrain(PAPER, job(), HARDWARE, rates(gpu=given(1900)))
-    needs = stage.needs
-    assert needs["catalogue_bytes_of_a_process"] == pytest.approx(105_006_320 * known.ROW_BYTES.value)
-    assert stage.bottleneck == "memory" and needs["processes_that_fit"] < needs["processes_of_a_node"]
-    assert stage.limits["memory"] == 4 * needs["processes_that_fit"] * 100
+def test_the_catalogue_is_once_in_a_node_or_in_each_process_that_does_not_share_it():
+    fast = rates(gpu=given(1900))
+    shared = pretrain(PAPER, job(), HARDWARE, fast)
+    assert shared.needs["catalogue_bytes_of_a_process"] == 0 and shared.bottleneck == "cores"
+    assert shared.needs["catalogue_bytes_of_a_node"] == 105_006_320 * known.ROW_BYTES.value
+    assert shared.needs["processes_that_fit"] == int(
+        (0.8 * 512e9 - 105_006_320 * 128) / ((256 << 20) + 190e6)
+    )
+    alone = pretrain(PAPER, job(tables=frozenset(PAPER)), HARDWARE, fast)
+    needs = alone.needs
+    assert needs["catalogue_bytes_of_a_process"] == pytest.approx(105_006_320 * known.TABLE_ROW_BYTES.value)
+    assert alone.bottleneck == "memory" and needs["processes_that_fit"] < needs["processes_of_a_node"]
+    assert alone.limits["memory"] == 4 * needs["processes_that_fit"] * 100
+
+
+def test_a_catalogue_of_few_rows_and_one_that_is_not_shared_are_of_the_process(capsys):
+    command = [
+        "capacity",
+        "--gpus",
+        "32",
+        "--gpu-rate",
+        "96.5",
+        "--set",
+        "model.backbone=resnet-tiny",
+        "--json",
+    ]
+    found = {}
+    for setting, images in (("auto", "20e6"), ("none", "20e6"), ("/local", "20e6")):
+        assert main([*command, "--images", images, "--set", f"data.catalogue_cache={setting}"]) == 0
+        needs = json.loads(capsys.readouterr().out)["pretraining"]["needs"]
+        found[setting] = round(needs["catalogue_bytes_of_a_process"] / known.TABLE_ROW_BYTES.value)
+    assert found == {"auto": 600_000, "none": 20_000_000, "/local": 0}  # 400,000 US and 200,000 X-rays
 
 
 @pytest.mark.parametrize(
@@ -79,10 +106,10 @@ def test_the_catalogue_is_in_the_memory_of_each_process():
     [
         ("GPUs", {}, {}),
         ("cores", {"cores_per_node": given(12)}, {}),
-        ("memory", {"memory_per_node": given(30e9)}, {}),
+        ("memory", {"memory_per_node": given(18e9)}, {}),
         ("storage", {"storage": given(400e6)}, {}),
         ("network", {"network": given(200e6)}, {}),
-        ("cores", {}, {"views": dict.fromkeys(PAPER, given(5)), "row_bytes": given(1)}),
+        ("cores", {}, {"views": dict.fromkeys(PAPER, given(5))}),
     ],
 )
 def test_the_narrow_resource_of_pretraining_is_named(resource, cluster, changed):
@@ -94,7 +121,7 @@ def test_the_narrow_resource_of_pretraining_is_named(resource, cluster, changed)
 
 def test_nodes_that_can_make_no_batch_at_all_are_refused():
     with pytest.raises(known.UserError, match="raise --memory-per-node"):
-        pretrain(PAPER, job(), replace(HARDWARE, memory_per_node=given(9e9)), rates())
+        pretrain(PAPER, job(), replace(HARDWARE, memory_per_node=given(17e9)), rates())
     with pytest.raises(known.UserError, match="raise --cores-per-node"):
         pretrain(PAPER, job(), replace(HARDWARE, cores_per_node=given(8)), rates())
 
@@ -170,12 +197,15 @@ def test_measured_rates_are_those_of_the_dataset(tmp_path, monkeypatch):
         sizes = catalog.load(root, m, ["size"])["size"].to_numpy()
         assert found.stored_bytes[m].value == pytest.approx(sizes.mean())
         assert 1 < found.views[m].value < 1e6 and "2 x 40 + 3 x 24" in found.views[m].source
-    every = [found.scan, found.convert, found.row_bytes, *found.views.values()]
+    every = [found.scan, found.convert, found.table_row_bytes, *found.views.values()]
     assert all(one.value > 0 and one.origin == "measured" for one in every)
 
 
 def test_what_the_docs_do_not_know_is_not_guessed():
     assert documented_gpu(load_config("paper_2d_mixed"), "v100").value == 96.5
+    views = documented_views(load_config("paper_2d_mixed"))
+    assert (views["ct"].value, views["mr"].value, views["xr"].value) == (197.1, 197.1, 45.3)
+    assert documented_views(load_config("recommended_2d_mixed"))["ct"].value == 155.1
     with pytest.raises(known.UserError, match="--step-seconds"):
         documented_gpu(load_config("demo"), "v100")
     with pytest.raises(known.UserError, match="--measure"):

@@ -11,6 +11,7 @@ import pytest
 from orchestration import (
     bench,
     bench_augment,
+    bench_catalogue,
     bench_files,
     bench_images,
     bench_ingest,
@@ -145,3 +146,9 @@ def test_bench_files_measures_scan_and_plan_for_each_number_of_files() -> None:
     found = list(bench_files.measure(0.01, files=(60, 20), convert_up_to=1))
     assert [item.name for item in found] == ["files_plan_20", "files_plan_60"]
     assert found[0].ratio == 1 and all(item.value > 0 and "MB" in item.detail for item in found)
+
+
+def test_the_catalogue_is_measured_with_a_file_of_the_node_and_without(tmp_path: Path) -> None:
+    found = {item.name: item for item in bench_catalogue.measure(1.0, rows=3000)}
+    assert {"catalogue_private_4", "catalogue_build", "catalogue_open", "catalogue_row"} <= found.keys()
+    assert "3,000 rows, 13 units" in found["catalogue_build"].detail
