@@ -17,6 +17,7 @@ import typer
 from orchestration import (
     cli_capacity,
     cli_checkpoints,
+    cli_evaluate,
     cli_finetune,
     cli_ingest,
     cli_jobs,
@@ -49,6 +50,7 @@ app.add_typer(cli_ingest.app, name="ingest")
 app.add_typer(cli_presets.app, name="presets")
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_jobs.app, name="jobs")
+app.add_typer(cli_evaluate.app, name="evaluate")
 
 
 @app.command()

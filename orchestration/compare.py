@@ -8,11 +8,8 @@ the same command again.
 """
 
 import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,7 +21,7 @@ from orchestration import compare_data
 from orchestration.bench import machine
 from orchestration.cluster import StopFlag
 from orchestration.compare_plan import Arm, Plan
-from orchestration.progress import Progress
+from orchestration.processes import run_jobs
 from shards.errors import UserError
 from shards.ids import digest
 from shards.store import file_sha256
@@ -33,10 +30,8 @@ from trainer.config import TrainConfig
 from trainer.downstream.compare import less, markdown, summarise
 
 SCORES_VERSION = "2"
-POLL_SECONDS = 0.5
 THIRDS = 3
 RANDOM = "random"  # the arm that the others are compared with, where a plan has it
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 @dataclass(frozen=True)
@@ -91,21 +86,20 @@ class Job:
             return None
         return found["rows"] if found["inputs"] == self.inputs() else None
 
-    def commands(self) -> list[list[str]]:
+    @property
+    def log(self) -> Path:
+        return self.config_file.with_suffix(".log")
+
+    def commands(self) -> Iterator[list[str]]:
         """What is left to do, one process after the other."""
-        python = [sys.executable, "-m"]
-        train = [
-            "trainer",
-            "--preset",
-            str(self.config_file),
-            "--run-dir",
-            str(self.run_dir),
-            "--workers",
-            "0",
-        ]
-        probe = ["orchestration.compare_probe", str(self.config_file.with_suffix(".json"))]
-        # the run itself says whether it is complete, and refuses a folder of other settings
-        return [[*python, *train], [*python, *probe]] if self.arm.trains else [[*python, *probe]]
+        python, spec = [sys.executable, "-m"], self.config_file.with_suffix(".json")
+        tree = self.config.model_dump(mode="json", exclude_unset=True)
+        files.replace_file(self.config_file, yaml.safe_dump(tree).encode())
+        if self.arm.trains:  # the run itself says whether it is complete, and refuses one of other settings
+            own = ["--preset", str(self.config_file), "--run-dir", str(self.run_dir), "--workers", "0"]
+            yield [*python, "trainer", *own]
+        files.replace_file(spec, json.dumps(_spec(self)).encode())
+        yield [*python, "orchestration.compare_probe", str(spec)]
 
 
 def compare(
@@ -168,78 +162,6 @@ def jobs_of(plan: Plan, out: Path, *, tune: bool = False) -> list[Job]:
                 config = plan.config(arm, seed, dataset, labels)
                 listed.append(Job(f"{arm.name}-{seed}{own}", arm, config, draws, folder.absolute()))
     return listed
-
-
-def run_jobs(waiting: Sequence[Job], at_a_time: int, stop: StopFlag, stream: TextIO | None) -> list[str]:
-    """Names of the jobs that failed. Ends its processes, with a checkpoint each, when asked to stop."""
-    if not waiting:
-        return []
-    todo, running, failed = list(waiting), list[_Running](), list[str]()
-    start = sum(job.trained() for job in waiting)
-    total = sum(job.steps for job in waiting)
-    told = (start, "")
-    with Progress("compare", total, "steps", start=start, stream=stream, interval=30.0) as progress:
-        while todo or running:
-            while todo and len(running) < at_a_time and not stop:
-                running.append(_Running(todo.pop(0)))
-            for process in list(running):
-                if process.ended():
-                    running.remove(process)
-                    failed += [process.name] if process.failed and not stop else []
-            if stop:
-                todo = []
-                for process in running:
-                    process.stop()
-            ended = len(waiting) - len(todo) - len(running)
-            now = sum(job.trained() for job in waiting), f"{ended} of {len(waiting)} judged"
-            if now != told:
-                progress.update(*now)
-                told = now
-            time.sleep(POLL_SECONDS)
-    return failed
-
-
-class _Running:
-    """The processes of a job, one after the other; their output goes to OUT/runs/<job>.log."""
-
-    def __init__(self, job: Job) -> None:
-        self._job, self.name, self.failed = job, job.name, False
-        tree = job.config.model_dump(mode="json", exclude_unset=True)
-        files.replace_file(job.config_file, yaml.safe_dump(tree).encode())
-        self._left = job.commands()
-        self._log = job.config_file.with_suffix(".log").open("ab")
-        self._process = self._next()
-
-    def _next(self) -> "subprocess.Popen[bytes]":
-        command = self._left.pop(0)
-        if "orchestration.compare_probe" in command:
-            files.replace_file(
-                self._job.config_file.with_suffix(".json"), json.dumps(_spec(self._job)).encode()
-            )
-        return subprocess.Popen(
-            command,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **_ONE_THREAD},
-            start_new_session=True,  # Ctrl-C reaches it once, through us; Linux shares cores by session
-        )
-
-    def ended(self) -> bool:
-        """Whether everything is done, or one failed; goes on to the next command."""
-        code = self._process.poll()
-        if code is None:
-            return False
-        self.failed = code != 0
-        if self._left and not self.failed:
-            self._process = self._next()
-            return False
-        self._log.close()
-        return True
-
-    def stop(self) -> None:
-        """The training writes a checkpoint first."""
-        self._left = []
-        self._process.terminate()
 
 
 def _spec(job: Job) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """`medswav finetune TASK`: what it does and prints.
 
     RUN/run.json                          what the numbers depend on; another one is refused
+    RUN/source.json                       where the dataset, the labels and the encoder lay
     RUN/encoder.safetensors               only with --encoder torchvision:WEIGHTS: these weights
     RUN/fraction-F/seed-S/                a training each (trainer.downstream.finetune)
     RUN/fraction-F/seed-S/test.json       its test metrics on every draw of the patients
     RUN/result.json, RUN/result.md        all trainings of the folder, and their table
 
 A task is a module of trainer.downstream with `Config` (its field `finetune`: FinetuneConfig), PRESETS (at
-least small and full), `prepare(config, dataset, labels, encoder) -> Task`, and, for --explain without a
-dataset, `example(config, encoder) -> Task`. It is added by a line in TASKS.
+least small and full), and `prepare(config, dataset, labels, encoder) -> Task`; a line in TASKS adds it. It
+may have `example(config, encoder) -> Task`, for --explain without a dataset; `case_probability(predictions)
+-> f64 [n]` and `is_case(target)`, for `medswav evaluate robustness`.
 """
 
 import importlib
@@ -100,6 +102,7 @@ def finetune(request: Request, stream: TextIO | None = None) -> dict[str, Any]:
             check_task(task)
             request.output.mkdir(parents=True, exist_ok=True)
             files.replace_file(request.output / "run.json", json.dumps(about, indent=1).encode())
+            files.replace_file(request.output / "source.json", json.dumps(_source(request, encoder)).encode())
             for fraction in (f for s, f in todo if s == seed):
                 counted.begin(seed, fraction)
                 _train(task, _with(one, fraction=fraction).finetune, request, counted)
@@ -261,6 +264,17 @@ def _check_sweep(request: Request) -> None:
         name = item.partition("=")[0].strip()
         if name in swept:
             raise UserError(f"--set {name} is an option of its own: use {swept[name]}")
+
+
+def _source(request: Request, encoder: Path | None) -> dict[str, Any]:
+    from trainer.downstream.tables import is_file
+
+    labels = [str(Path(name).absolute()) if is_file(name) else name for name in request.labels]
+    return {
+        "dataset": request.dataset,
+        "labels": labels,
+        "encoder": None if encoder is None else str(encoder.absolute()),
+    }
 
 
 def _settings(config: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Progress:
         stream: TextIO | None = None,
         interval: float = PLAIN_INTERVAL_SECONDS,
     ) -> None:
-        self.what, self.total, self.unit, self.start = what, total, unit, start
+        self.what, self.total, self.unit, self.start, self.done = what, total, unit, start, start
         self._stream = stream or sys.stderr
         self._interval = interval
         self._began = self._printed = time.monotonic()
@@ -81,7 +81,7 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """`done` of `total`, counted with `start`."""
-        now = time.monotonic()
+        now, self.done = time.monotonic(), done
         elapsed = now - self._began
         left = estimate_seconds(done - self.start, self.total - self.start, elapsed)
         if self._live is not None:

@@ -15,8 +15,9 @@ from ingest.plan import plan_units
 from orchestration import compare_data
 from orchestration.cli import main
 from orchestration.cluster import StopFlag
-from orchestration.compare import folders_of, jobs_of, run_jobs, write_results
+from orchestration.compare import folders_of, jobs_of, write_results
 from orchestration.compare_plan import load_plan
+from orchestration.processes import run_jobs
 from shards import catalog
 from shards.dataset import open_or_create
 from shards.errors import UserError

@@ -113,6 +113,19 @@ def example(config: Config, encoder: Path | None) -> Task:
     return classification("classify", parts, ("no", "yes"), make, config.mode, config.threshold)
 
 
+def case_probability(predictions: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Of each sample: of two classes the second, of more the one that is not the first, of findings any."""
+    table = np.stack(predictions)
+    if not np.allclose(table.sum(1), 1):
+        return np.asarray(1 - np.prod(1 - table, axis=1))
+    return np.asarray(1 - table[:, 0] if table.shape[1] > 2 else table[:, 1])
+
+
+def is_case(target: Any) -> bool:
+    """Whether a sample is not of the first class, or has a finding."""
+    return bool(np.any(np.asarray(target) > 0))
+
+
 class Pixels(nn.Module):
     """The baseline without a network: [n, C, H, W] to its mean over 32 x 32 cells, [n, 1024]."""
 
