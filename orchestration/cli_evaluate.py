@@ -94,6 +94,43 @@ def robustness(
     _told(found, output, as_json)
 
 
+@app.command()
+def experiment(
+    plan: Annotated[Path, typer.Argument(help="YAML file: tables, tasks, arms, seeds, fractions.")],
+    output: Annotated[Path, typer.Option(help="Folder of everything that is made.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the labelled images, to which the plan's tables lie.")
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Instead: a dataset with label tables of the tasks' names.")
+    ] = None,
+    encoder: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Pretrained encoder or run; repeated: seeds take them in turn. Default: made here."
+        ),
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time, each with one thread.")] = 2,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change a setting of the plan.")
+    ] = None,
+) -> None:
+    """Tasks x arms x label fractions x seeds: fine-tune, and all tables and figures. Run again, it goes on.
+
+    Example: medswav evaluate experiment docs/experiments/fractions.yaml --data IMAGES --output OUT
+    """
+    from orchestration.compare_plan import load_as
+    from orchestration.experiment import experiment
+    from orchestration.experiment_plan import Experiment
+    from shards.objects import location
+
+    chosen = load_as(Experiment, plan, set_ or [], arm or [])
+    there = None if dataset is None else str(location(dataset))
+    code = experiment(chosen, output, data=data, dataset=there, encoders=encoder or (), jobs=jobs)
+    raise typer.Exit(code)
+
+
 def _told(found: "Finding", output: Path, as_json: bool) -> None:
     import json
 

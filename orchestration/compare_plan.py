@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -11,14 +11,15 @@ from shards.errors import UserError
 from shards.settings import apply_override
 from trainer.config import TrainConfig, load_config, text_setting
 
+AnyPlan = TypeVar("AnyPlan", bound="Plan")
 Name = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Task(_Strict):
+class Task(Strict):
     """Labels of one table: `classes` says which values of `column` are used, and as which class."""
 
     name: str = Name
@@ -27,7 +28,7 @@ class Task(_Strict):
     classes: dict[str, str] = Field(min_length=2)
 
 
-class Arm(_Strict):
+class Arm(Strict):
     """`pretrained`: the preset with `set` on top; `hybrid`: with the labels of the tasks, those of the
     fraction that it is judged with, so one run a fraction; `random`: as initialised; `pixels`: no network."""
 
@@ -40,7 +41,7 @@ class Arm(_Strict):
         return self.kind in ("pretrained", "hybrid")
 
 
-class Plan(_Strict):
+class Plan(Strict):
     """tables: CSVs below the data folder (columns file, modality, patient, split) that list the images."""
 
     tables: tuple[str, ...] = Field(min_length=1)
@@ -77,6 +78,13 @@ class Plan(_Strict):
 
 def load_plan(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Plan:
     """A plan file with `a.b=value` overrides, of its arms those named by `only`. Raises UserError."""
+    return load_as(Plan, path, overrides, only)
+
+
+def load_as(
+    kind: type[AnyPlan], path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()
+) -> AnyPlan:
+    """The same for a kind of plan."""
     if not path.is_file():
         raise UserError(
             f"the plan {path} does not exist: give a YAML file such as docs/experiments/labelled.yaml"
@@ -93,7 +101,7 @@ def load_plan(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = (
     for item in overrides:
         apply_override(tree, item)
     try:
-        plan = Plan.model_validate(tree)
+        plan = kind.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
