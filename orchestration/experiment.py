@@ -202,7 +202,7 @@ def tunings(
             except UserError as error:
                 if arm.kind != "library":
                     raise
-                refused[arm.name] = str(error)
+                refused[arm.name] = str(error).replace(str(Path.home()), "~")  # it goes into a page
                 continue
             for suffix, encoder, seeds in parts:
                 request = Request(
