@@ -16,8 +16,8 @@ from ingest.synthetic.xr import Chest, anatomy, film
 
 NODULE, PNEUMOTHORAX = "nodule", "pneumothorax"
 LABELS = (NODULE, PNEUMOTHORAX)
-NODULE_SHARE, PNEUMOTHORAX_SHARE = 0.42, 0.2  # of the exposures
-_CONTRAST = (0.05, 0.11)  # of a nodule; lung against soft tissue is .34, a rib .02 to .05
+NODULE_SHARE, PNEUMOTHORAX_SHARE = 0.5, 0.2  # of the exposures
+_CONTRAST = (0.08, 0.16)  # of a nodule; lung against soft tissue is .34, a rib .02 to .05
 _RADIUS = (0.03, 0.052)  # share
 
 Box = tuple[float, float, float, float]
@@ -67,7 +67,7 @@ def _exposure(rng: Random, chest: Chest) -> Exposure:
             findings.append(Finding(NODULE, box, visibility))
             free = free & ~_near(shape, (row, column), 4 * _RADIUS[1] * width)
     mimics = []
-    for row, column in _spread(rng, free, int(rng.integers(2, 5)), 3 * _RADIUS[1] * width):
+    for row, column in _spread(rng, free, int(rng.integers(1, 4)), 3 * _RADIUS[1] * width):
         blob, box = _strand(rng, shape, (row, column))
         image = image + blob
         mimics.append(box)

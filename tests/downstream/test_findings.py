@@ -14,7 +14,18 @@ from trainer.config import IntensityConfig
 from trainer.downstream.box_images import AugmentConfig, Images, Placement, augment
 from trainer.downstream.box_tables import read_boxes
 from trainer.downstream.explain import step_cost
-from trainer.downstream.findings import PRESETS, Config, Found, Matches, Target, example, metrics, prepare
+from trainer.downstream.findings import (
+    PRESETS,
+    Config,
+    Found,
+    Matches,
+    Target,
+    case_probability,
+    example,
+    is_case,
+    metrics,
+    prepare,
+)
 from trainer.downstream.finetune import finetune
 
 LABELS = ("nodule", "pneumothorax")
@@ -125,6 +136,8 @@ def test_metrics_are_of_each_finding_and_each_truth():
     assert found["auc"] == found["auc/nodule"] == 1 and np.isnan(found["auc/pneumothorax"])
     assert found["froc"] == found["froc/nodule"] == 1
     assert found["any_reader:auc"] == 0.5
+    assert case_probability(predictions).tolist() == [0.95, 0.6, 0.7]
+    assert [is_case(target) for target in targets] == [True, False, False]
     # .9 hit, .7 false, .6 hit: half below 1/3 false positive an image (5 of 9 rates), all above
     assert found["any_reader:froc"] == pytest.approx((4 * 0.5 + 5 * 1) / 9)
 

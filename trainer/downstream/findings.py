@@ -57,7 +57,7 @@ class Config(Strict):
     width: int = Field(default=256, gt=0)
     convolutions: int = Field(default=4, gt=0)
     hit: Literal["centre"] | float = "centre"
-    overlap: float = Field(default=0.5, gt=0, lt=1)
+    overlap: float = Field(default=0.3, gt=0, lt=1)  # findings hardly overlap
     most: int = Field(default=50, gt=0)
     augment: AugmentConfig = AugmentConfig()
     cache_bytes: int = Field(default=2 << 30, ge=0)
@@ -230,6 +230,16 @@ def matched(
             images.append(of_image[truth, number])
         out[finding] = images
     return out
+
+
+def case_probability(predictions: Sequence[Found]) -> NDArray[np.float64]:
+    """Of each image its highest score of any finding, 0 without a detection; f64 [n]."""
+    return np.array([one.scores.max(initial=0.0) for one in predictions], np.float64)
+
+
+def is_case(target: Target) -> bool:
+    """Whether an image has a finding, by the first ground truth."""
+    return len(target.boxes[0]) > 0
 
 
 def _tables(
