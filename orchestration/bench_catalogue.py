@@ -1,6 +1,7 @@
 """`medswav bench catalogue`: memory of processes that read batches, with a shared catalogue and their own.
 
-The rows are made up, the columns that training reads, 240 of CT to a unit as ingest makes them; no pixels.
+The rows are made up, the columns that training reads, 240 of CT to a unit as ingest makes them (2,400 of more
+than two million); no pixels.
 Processes of their own open them one after the other and look up blocks of 16 neighbours, as many as 400
 batches of 64; then, while all are alive, the kernel says what is private to each (Private_Dirty, growth since
 before opening) and its part of what is shared (Pss).
@@ -34,7 +35,12 @@ from shards.unit_files import CommittedFile
 from trainer.config import DataConfig
 from trainer.rows import NEEDED_COLUMNS, in_order, open_modality
 
-ROWS, UNIT_ROWS = 1_000_000, 240
+ROWS = 1_000_000
+UNIT_ROWS, LARGE_UNIT_ROWS = (
+    240,
+    2400,
+)  # as ingest makes them; of more than MANY rows, to have them made sooner
+MANY = 2_000_000  # then one process has its own table, which takes gigabytes while it is sorted
 PROCESSES = (2, 4)
 _READS, _BLOCK = 25_600, 16
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz234567", np.uint8)
@@ -51,11 +57,14 @@ def measure(seconds: float, rows: float = ROWS) -> Iterator[Figure]:
         raise UserError("--rows: give a positive number")
     with tempfile.TemporaryDirectory(prefix="medswav-bench-") as name:
         root, cache = Path(name) / "dataset", Path(name) / "cache"
-        generate(root, count)
+        unit_rows = UNIT_ROWS if count <= MANY else LARGE_UNIT_ROWS
+        generate(root, count, unit_rows)
+        alone = _processes(root, "none", 1)
         built = _processes(root, str(cache), 1)[0]
-        of = f"{count:,} rows, {-(-count // UNIT_ROWS):,} units"
+        of = f"{count:,} rows, {-(-count // unit_rows):,} units"
         for number in PROCESSES:
-            ours, theirs = _processes(root, str(cache), number), _processes(root, "none", number)
+            ours = _processes(root, str(cache), number)
+            theirs = _processes(root, "none", number) if count <= MANY else alone
             for what, text in (("private", "private memory"), ("pss", "with its part of shared pages")):
                 one, other = (mean(p[what] for p in side) for side in (ours, theirs))
                 detail = f"{of}; growth of each of {number} processes, {text}"
@@ -72,14 +81,14 @@ def measure(seconds: float, rows: float = ROWS) -> Iterator[Figure]:
         yield figure("catalogue_row", last["row"] * 1e3, "ms", table["row"] * 1e3, _VERSUS, 1, detail)
 
 
-def generate(root: Path, rows: int) -> None:
+def generate(root: Path, rows: int, unit_rows: int = UNIT_ROWS) -> None:
     """A dataset with a catalogue and no shards."""
     store = Store(root)
     open_or_create(store, DatasetInfo("htj2k", digest("bench"), "bench", modalities=("ct",)))
     (root / "catalog" / "ct").mkdir(parents=True)
     (root / "commits").mkdir()
-    for number, first in enumerate(range(0, rows, UNIT_ROWS)):
-        table = _part(number, min(UNIT_ROWS, rows - first))
+    for number, first in enumerate(range(0, rows, unit_rows)):
+        table = _part(number, min(unit_rows, rows - first))
         data = parquet.to_bytes(table)
         path = f"catalog/ct/ct-{digest('part', data)}.parquet"
         (root / path).write_bytes(data)

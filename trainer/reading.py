@@ -1,13 +1,14 @@
 """What a batch reads, and reading it ahead: places of samples in the shards, for shards.reads. No torch."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 
 from shards.reads import GAP_BYTES, LARGEST_BYTES, BatchReader, Place, Reads, coalesce, open_cache
 from trainer.config import DataConfig
 from trainer.rows import Plan, Rows
 
+_AT_A_TIME = 64  # samples whose reads are begun together, outside of training
 Key = tuple[str, int]  # modality, index
 Needs = Callable[[int], tuple[Plan, Sequence[tuple[Key, Place]]]]
 
@@ -63,6 +64,25 @@ class BatchReads:
         """Forget what was not taken. What the reads cost: see shards.reads.Counts."""
         self._reads.drop()
         return asdict(self._reads.counts)
+
+
+def encoded(reader: BatchReader, modality: Rows, indices: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """(index, encoded bytes) of samples, as they lie in the shards: near ones in one read, some reads ahead.
+
+    Raises UserError.
+    """
+    located = [(modality.location(index), index) for index in indices]
+    located.sort(key=lambda one: (one[0]["shard"], one[0]["offset"]))
+    parts = [located[first : first + _AT_A_TIME] for first in range(0, len(located), _AT_A_TIME)]
+    begun: deque[tuple[list[int], Reads]] = deque()
+    for number in range(len(parts) + 1):
+        if number < len(parts):
+            places = [Place(modality.name, **location) for location, _ in parts[number]]
+            begun.append(([index for _, index in parts[number]], reader.start(places)))
+        if number > 0:
+            of, under_way = begun.popleft()
+            for position, index in enumerate(of):
+                yield index, under_way.take(position)
 
 
 class ReadAhead:

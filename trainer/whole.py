@@ -13,6 +13,7 @@ from shards.codec import MAXIMUM_REDUCE, Codec, get_codec
 from shards.tar import ShardReader
 from trainer.augment.intensity import to_unit
 from trainer.config import IntensityConfig, VolumeConfig
+from trainer.reading import encoded
 from trainer.rows import Modality
 from trainer.volumes import whole_box
 
@@ -31,10 +32,13 @@ def eval_images(
     own = intensity if isinstance(intensity, IntensityConfig) else intensity.get(modality, IntensityConfig())
     table = catalog.load(root, modality, split=split)
     rows = Modality(modality, table)
-    reader = ShardReader(root)
     images = np.zeros((len(rows), 1, size, size), np.float32)
-    for i in range(len(rows)):
-        images[i, 0] = whole_image(reader, modality, rows.row(i), size, own)
+    reader = reads.BatchReader(root)
+    try:
+        for index, data in encoded(reader, rows, range(len(rows))):
+            images[index, 0] = squared(data, rows.row(index), size, own)
+    finally:
+        reader.close()
     return tuple(table["key"].to_pylist()), images, table
 
 
@@ -61,7 +65,14 @@ def whole_sample(
 def whole_image(
     reader: ShardReader, modality: str, row: Mapping[str, Any], size: int, intensity: IntensityConfig
 ) -> NDArray[np.float32]:
-    """One image (`row` of Modality.row) as f32[size, size] in [0, 1].
+    """One image (`row` of Modality.row) as f32[size, size] in [0, 1]; see `squared`."""
+    return squared(_read(reader, modality, row), row, size, intensity)
+
+
+def squared(
+    data: bytes, row: Mapping[str, Any], size: int, intensity: IntensityConfig
+) -> NDArray[np.float32]:
+    """An encoded image as f32[size, size] in [0, 1].
 
     It is shrunk by area averaging (or enlarged linearly) until its longer side is `size`, and centred on
     black: the aspect is kept and nothing is cut off.
@@ -69,7 +80,7 @@ def whole_image(
     longer, reduce = max(row["rows"], row["columns"]), 0
     while reduce < MAXIMUM_REDUCE and longer >> (reduce + 1) >= size:
         reduce += 1
-    image = to_unit(decode(_read(reader, modality, row), row, reduce), row, intensity)
+    image = to_unit(decode(data, row, reduce), row, intensity)
     scale = size / max(image.shape)
     height, width = (min(max(round(s * scale), 1), size) for s in image.shape)
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR

@@ -6,13 +6,14 @@ import pytest
 
 from shards import catalog
 from shards.errors import UserError
-from shards.tar import list_members
+from shards.tar import ShardReader, list_members
 from tests.batches import make
 from tests.batches.test_batches import same
-from trainer.batches import BatchMaker
+from trainer.batches import BatchMaker, eval_images, whole_image
 from trainer.config import DataConfig, OrderConfig, TrainConfig
 from trainer.pool import cache_warning
 from trainer.prepare import prepare
+from trainer.rows import Modality
 
 
 def with_data(config: TrainConfig, **changes) -> TrainConfig:
@@ -105,3 +106,21 @@ def test_a_node_cache_smaller_than_what_is_mixed_is_told_with_the_fix(root, tmp_
     small = own.data.model_copy(update={"node_cache": str(tmp_path / "c"), "node_cache_bytes": 1000})
     prepare(own.model_copy(update={"data": small}), tmp_path / "run")
     assert "mixed at a time" in caplog.text
+
+
+def test_whole_images_are_read_in_blocks_and_are_those_of_one_read_each(root, monkeypatch):
+    own = make.config(root).data.intensity["ct"]
+    table, reader = catalog.load(root, "ct"), ShardReader(root)
+    rows = Modality("ct", table)
+    one_by_one = [whole_image(reader, "ct", rows.row(n), 48, own) for n in range(len(rows))]
+    asked = []
+
+    def counted(*of):
+        asked.append(of)
+        return read(*of)
+
+    read = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", counted)
+    keys, images, found = eval_images(root, "ct", 48, own)
+    assert np.array_equal(images[:, 0], one_by_one) and list(keys) == found["key"].to_pylist()
+    assert len(asked) < len(rows) / 2
