@@ -26,11 +26,13 @@ from orchestration.capacity_rates import Figure
 from shards import catalog
 from shards.commit import commit_unit
 from shards.dataset import DatasetInfo, open_or_create
+from shards.errors import UserError
 from shards.ids import Pseudonymizer, digest
 from shards.store import Store
 from trainer.augment.bands import BandStatistics
-from trainer.batches import NEEDED_COLUMNS, BatchMaker, fit_bands
+from trainer.batches import BatchMaker, fit_bands
 from trainer.config import DataConfig, TrainConfig
+from trainer.rows import load_rows
 
 SLICES = 24  # uncompressed CT, 512 px
 IMAGES = 6  # generated ones of each modality
@@ -52,6 +54,10 @@ def measure(config: TrainConfig, dataset: str, seconds: float = 1.0) -> Measured
     """seconds: of CPU for the views of each modality. dataset: "" generates images. Raises UserError."""
     if dataset:
         catalog.counts(dataset)  # is it there?
+    elif config.views.volume is not None:
+        raise UserError(
+            "--measure has no volumes of its own: give a dataset that holds some, --dataset FOLDER"
+        )
     with tempfile.TemporaryDirectory(prefix="medswav-capacity-") as name:
         folder = Path(name)
         scan, convert = _ingest(folder)
@@ -60,7 +66,7 @@ def measure(config: TrainConfig, dataset: str, seconds: float = 1.0) -> Measured
             _generate(folder / "generated", folder, config.data.modalities)
         views, stored, rows = {}, {}, []
         for modality in config.data.modalities:
-            table = catalog.load(where, modality, list(NEEDED_COLUMNS))
+            table = load_rows(where, modality).table
             views[modality] = _views(config, where, modality, len(table), seconds, generated)
             sizes = table["size"].to_numpy()
             of = f"{len(sizes):,} {'generated ' if generated else ''}images"

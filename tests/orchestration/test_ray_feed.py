@@ -14,6 +14,7 @@ from orchestration.feed import Feed, Feeders, make_batches, rank_resources
 from shards.errors import UserError
 from tests.batches import make
 from tests.orchestration import jobs
+from tests.volumes import make as volumes
 from trainer.batches import Batch, BatchMaker
 from trainer.workers import BatchWorkers
 
@@ -67,6 +68,20 @@ def test_killed_actors_change_nothing(local_ray):
                     os.kill(actor["pid"], signal.SIGKILL)
             check(feed(step), step)
         assert not before & {actor["pid"] for actor in feed.ready()}
+
+
+def test_batches_of_volumes_are_those_made_here_whatever_dies(local_ray, tmp_path):
+    root = volumes.dataset(tmp_path / "data", tmp_path / "scratch", train=4, held_out=0)
+    config = volumes.config(root, views__energy_probability=0)
+    here = BatchMaker(config, 0, 1, None)
+    with Feed(make_batches, (config.model_dump_json(), 0, 1, None), feeders=1, stop=4, cpus=0.5) as feed:
+        for step in range(4):
+            if step == 2:
+                os.kill(feed.ready()[0]["pid"], signal.SIGKILL)
+            there, expected = feed(step), here(step)
+            assert there.keys == expected.keys
+            pairs = zip(there.crops, expected.crops, strict=True)
+            assert all(np.array_equal(a, b) for a, b in pairs)
 
 
 def test_actors_start_on_a_node_whose_cpus_are_all_taken(local_ray):
