@@ -272,7 +272,8 @@ def demo(
         typer.Option(min=1, help="Pretrainings, each with a seed of its own (1); with --task: fine-tunings."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="A clinical task on generated files instead: findings, haemorrhage.")
+        str | None,
+        typer.Option(help="A clinical task on generated files instead: findings, haemorrhage, metastases."),
     ] = None,
     address: Address = None,
 ) -> None:

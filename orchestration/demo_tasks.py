@@ -27,6 +27,7 @@ from trainer.config import TrainConfig
 TASKS = {  # name: module
     "findings": "orchestration.demo_findings",
     "haemorrhage": "orchestration.demo_haemorrhage",
+    "metastases": "orchestration.demo_metastases",
 }
 STEPS = ("Generate patients", "Ingest", "Join labels", "Pretrain", "Fine-tune", "Table")
 

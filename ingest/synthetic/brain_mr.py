@@ -15,8 +15,8 @@ from ingest.synthetic.fields import Image, Random, coordinates, ellipse, noise, 
 FINE = 3  # layers of a slice: thin things fill a slice in part only
 COVERED = 0.4  # the share of a voxel from which it belongs to a lesion
 LEAST_PIXELS = 4  # of a lesion in a slice; less of it is not seen, and not in the mask
-_LESION_MM = (5.5, 13.0)  # diameter
-_VESSEL_MM = (0.9, 2.3)  # radius
+_LESION_MM = (6.0, 15.0)  # diameter
+_VESSEL_MM = (0.9, 2.0)  # radius
 
 Points = NDArray[np.float32]  # [n, 4]: layer, row, column (px) and radius (mm)
 
@@ -46,7 +46,7 @@ def brain(rng: Random, lesions: int, slices: int, side: int) -> BrainSeries:
     signal += _slabs(vessels, slices) * (bright - signal)
     truth = np.zeros(signal.shape, np.uint8)
     for number, seed in enumerate(seeds, start=1):
-        contrast = bright * rng.uniform(0.72, 1.05)
+        contrast = bright * rng.uniform(0.8, 1.1)
         whole = _slabs(_cover(size, seed[None], scale), slices)
         core = seed * np.array([1, 1, 1, 0.55], np.float32)
         hollow = rng.uniform(0.3, 0.6) if rng.random() < 0.3 and seed[3] > 3.5 else 0.0

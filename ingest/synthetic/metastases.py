@@ -5,7 +5,7 @@
     FOLDER/masks.csv     SOPInstanceUID, mask: its pixels as run lengths (ingest.run_lengths)
     FOLDER/lesions.csv   SOPInstanceUID, lesion, pixels: each lesion in each slice, for figures by size
 
-Two thirds of the patients have 1 to 6 lesions. `ingest label`, with `--kind masks` for the second, joins the
+Two thirds of the patients have 1 to 7 lesions. `ingest label`, with `--kind masks` for the second, joins the
 first two tables.
 """
 
@@ -30,7 +30,7 @@ from shards.errors import UserError
 
 PATIENTS = 72
 SLICES_CSV, MASKS_CSV, LESIONS_CSV = "slices.csv", "masks.csv", "lesions.csv"
-_MOST_LESIONS = 6
+_MOST_LESIONS = 7
 _STREAM = 77  # keeps these patients apart from those of other generated sets
 
 
@@ -103,9 +103,8 @@ def write_patient(task: Patient) -> list[Slice]:
     person = make_person(people, f"MET{task.seed:02d}{task.index:04d}-{people.integers(10**6)}")
     series = brain(look, task.lesions, int(look.integers(*task.slices)), int(look.integers(*task.side)))
     syntax = GREY[int(formats.integers(len(GREY)))]
-    names = formats.permutation(
-        len(series.signal)
-    )  # file names and instance numbers say nothing of the order
+    # Names and instance numbers say nothing of the order.
+    names = formats.permutation(len(series.signal))
     found = []
     for index, (signal, lesions) in enumerate(zip(series.signal, series.lesions, strict=True)):
         number = int(names[index]) + 1

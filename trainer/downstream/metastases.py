@@ -79,7 +79,7 @@ class Config(Strict):
     threshold: float = Field(default=roc.THRESHOLD, gt=0, lt=1)
     mask_device: Literal["auto", "cpu", "cuda"] = "auto"
     intensity: IntensityConfig = IntensityConfig()
-    augment: SliceAugment | None = SliceAugment()
+    augment: SliceAugment | None = SliceAugment(turn_degrees=0, scale=(1, 1))
     finetune: FinetuneConfig = FinetuneConfig(epochs=12, patience=0, batch_size=16, learning_rate=1e-3)
 
     @model_validator(mode="after")
@@ -100,6 +100,7 @@ PRESETS = {
     "small": Config(),
     "full": Config(
         size=224,
+        augment=SliceAugment(),
         backbone="resnet50w2",
         finetune=FinetuneConfig(epochs=300, patience=50, batch_size=32, learning_rate=1e-4),
     ),

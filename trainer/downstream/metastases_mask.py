@@ -25,7 +25,7 @@ from shards.errors import UserError
 from trainer.config import IntensityConfig
 from trainer.config_data import Strict
 from trainer.downstream.finetune import FinetuneConfig
-from trainer.downstream.metastases_nets import MaskShape, Segmenter
+from trainer.downstream.metastases_nets import MaskShape, Segmenter, load_segmenter
 from trainer.downstream.slices import (
     SPLITS,
     Places,
@@ -41,6 +41,7 @@ from trainer.downstream.slices import (
 from trainer.downstream.tables import read_table
 from trainer.downstream.task import Dataset, Random, Sample, Task
 from trainer.evaluate import roc
+from trainer.evaluate.masks_figure import MaskExample
 
 THRESHOLD = 0.5  # of a pixel of the mask
 
@@ -60,7 +61,7 @@ class Config(Strict):
     positive_weight: float = Field(default=10.0, gt=0)
     without_lesion: float = Field(default=0.35, gt=0, le=1)
     intensity: IntensityConfig = IntensityConfig()
-    augment: SliceAugment | None = SliceAugment()
+    augment: SliceAugment | None = SliceAugment(turn_degrees=0, scale=(1, 1))
     finetune: FinetuneConfig = FinetuneConfig(
         epochs=24, patience=0, batch_size=8, learning_rate=2e-3, weight_decay=1e-4
     )
@@ -86,6 +87,7 @@ PRESETS = {
     "small": Config(),
     "full": Config(
         size=224,
+        augment=SliceAugment(),
         width=32,
         levels=5,
         reduce=1,
@@ -225,3 +227,37 @@ def _sample(config: Config, places: Places, index: int, random: Random) -> Sampl
         both = augmented(both, config.augment, random, grey=config.slices)
         images, mask = both[:-1], (both[-1] >= 0.5).astype(np.uint8)
     return Sample(np.ascontiguousarray(images), np.packbits(mask))
+
+
+def examples_of_test(
+    config: Config, dataset: str, labels: str, run: Path, most: int = 12
+) -> list[MaskExample]:
+    """Slices of test patients for a figure: of `most`, two thirds with a lesion, evenly over the volumes."""
+    table = read_table(dataset, labels, ["mask"])
+    volumes = read_slices(
+        dataset,
+        config.modality,
+        config.size,
+        masks=mask_pictures(table, labels),
+        splits=table_splits(table),
+        intensity=config.intensity,
+    )
+    places = places_of([v for v in volumes if v.split == "test"], 1.0, masks=True)
+    lesion = [i for i, (v, (z,)) in enumerate(places) if v.masks is not None and v.masks[z].any()]
+    others = [i for i in range(len(places)) if i not in set(lesion)]
+    network, found = load_segmenter(run), []
+    for i in _spread(lesion, 2 * most // 3) + _spread(others, most - 2 * most // 3):
+        volume, (z,) = places[i]
+        images = stack(volume.pixels, z, config.slices)
+        with torch.inference_mode():
+            mask = network(torch.from_numpy(images)[None]).sigmoid()[0].numpy()
+        assert volume.masks is not None
+        name = f"{volume.key}, slice {z}"
+        found.append(MaskExample(name, images[config.slices // 2], volume.masks[z] > 0, mask))
+    return found
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    """`count` of them, evenly."""
+    places = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
+    return [values[i] for i in places.tolist()]

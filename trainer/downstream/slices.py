@@ -160,7 +160,7 @@ def augmented(images: Stack, config: SliceAugment, random: np.random.Generator, 
     turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) / scale
     turned[:, 0] *= -1 if u[2] < config.flip else 1
     centre = np.full(2, (side - 1) / 2)
-    moved = config.shift * side * (2 * u[3:5] - 1)
+    moved = np.rint(config.shift * side * (2 * u[3:5] - 1))  # whole pixels: small lesions stay sharp
     matrix = np.column_stack([turned, centre + moved - turned @ centre])  # from the new image to the old
     out = np.empty_like(images)
     for image, place in zip(images, out, strict=True):
