@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestration.bench_images import write_dataset
 from orchestration.cluster import connected
 from orchestration.feed import Feed, Feeders, make_batches, rank_resources
 from shards.errors import UserError
 from tests.batches import make
 from tests.orchestration import jobs
+from tests.trainer.fake import tiny
 from tests.volumes import make as volumes
+from trainer import journal
 from trainer.batches import Batch, BatchMaker
+from trainer.feeding import Ahead, Pace
 from trainer.workers import BatchWorkers
 
 pytestmark = pytest.mark.ray
@@ -122,6 +126,52 @@ def test_more_actors_join_when_they_run_and_one_without_a_place_holds_up_nothing
         for step in range(next(steps), next(steps) + 30):
             check(feed(step), step)
         assert feed.count == 2 and feed.overflowing == 0
+
+
+def test_a_training_that_waits_for_its_batches_grows_actors_and_keeps_its_losses(local_ray, tmp_path):
+    """Four radiographs of 1200 px are decoded for each batch of eight, for a tiny network on small crops."""
+    from trainer.loop import train  # torch
+
+    write_dataset(tmp_path / "data", tmp_path / "scratch", 4, 1200, 1, "xr")
+    data = {"dataset": str(tmp_path / "data"), "modalities": ["xr"], "batch_size": 8, "cache_bytes": 0}
+    config = tiny(max_steps=3000, log_every_steps=1, data=data, views__geometry="paper")
+    said: list[str] = []
+    late: list[int] = []
+    done: list[int] = []
+
+    def several_made_the_last_batches() -> bool:
+        late.extend([feed.count] * (feed.count > 1))
+        return len(late) > 5
+
+    feed = Feed(make_batches, (config.model_dump_json(), 0, 1, None), Feeders(1, 3), config.max_steps)
+    with Ahead(feed, config.max_steps, Pace(3, said.append)) as ahead:
+        grown = train(
+            config,
+            ahead,
+            tmp_path / "auto",
+            dataset_fingerprint="d",
+            should_stop=several_made_the_last_batches,
+        )
+    print(*said, sep="\n")
+    assert "instead of 1 make batches now" in said[0] and max(late) > 1
+    maker = BatchMaker(config, 0, 1, None)
+
+    def counted(step: int) -> Batch:
+        done.append(step)
+        return maker(step)
+
+    alone = train(
+        config,
+        counted,
+        tmp_path / "alone",
+        dataset_fingerprint="d",
+        should_stop=lambda: len(done) >= grown.step,
+    )
+    losses = [
+        [row["loss"] for row in journal.read(journal.journal_path(tmp_path / name))]
+        for name in ("auto", "alone")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == grown.step == alone.step
 
 
 def test_memory_stays_bounded_with_a_consumer_that_stops(local_ray):
