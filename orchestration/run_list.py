@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from orchestration.metrics import TARGETS_FILE
 from orchestration.page import duration
 from orchestration.run_data import config_of, standing_of
 from shards import catalog
@@ -125,7 +127,7 @@ def _dataset(path: Path, name: str) -> Row:
     state, why = "done", ""
     if left:
         state, why = "stopped", f"{left} units to do: run the same `ingest run` again"
-        if (path / "metrics-targets.json").is_file():
+        if _is_at_work(path):
             state, why = "running", f"{left} units to do"
     return Row(
         name,
@@ -138,6 +140,21 @@ def _dataset(path: Path, name: str) -> Row:
         images=images,
         volumes=volumes,
     )
+
+
+def _is_at_work(dataset: Path) -> bool:
+    """An ingest that was killed leaves the entry of its metrics behind, and one on another machine cannot be
+    asked: then the newest commit tells."""
+    try:
+        (entry,) = json.loads((dataset / TARGETS_FILE).read_bytes())
+        host, port = entry["targets"][0].rsplit(":", 1)
+        with socket.create_connection((host, int(port)), timeout=1):
+            return True
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, LookupError, TypeError):
+        silent = run_state.clock_of(dataset) - _mtime(dataset / "commits")
+        return silent < run_state.SILENT_SECONDS
 
 
 def _line(row: Row, wide: int, now: float) -> str:
