@@ -70,7 +70,7 @@ def _module(module: str, package: str, purpose: str) -> Check:
     except ImportError as error:
         why = "not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
         return Check(package, "failed", f"{purpose}: {why}", f"pip install {package}")
-    return held_to(package, _version(package), _wanted(package), purpose)
+    return held_to(package, version_of(package), _wanted(package), purpose)
 
 
 def held_to(package: str, found: str, least: str, purpose: str) -> Check:
@@ -251,7 +251,7 @@ def _key() -> Check:
     return Check("key", "ok", text)
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
