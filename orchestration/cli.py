@@ -251,14 +251,17 @@ def doctor(
     """
     import json
 
-    from orchestration.doctor import run_checks, text_of
+    from orchestration.doctor import Check, run_checks, text_of
 
     checks = run_checks(folders or ())
     if address is not None:
         from orchestration.doctor_nodes import check_nodes
 
         places = [folder.absolute() for folder in folders or (Path(),) if folder.is_dir()]
-        checks += check_nodes(address, places)
+        try:
+            checks += check_nodes(address, places)
+        except UserError as error:
+            checks.append(Check("nodes", "failed", str(error), "start Ray, or name the address of its head"))
     typer.echo(json.dumps([c.as_dict() for c in checks], indent=1) if as_json else text_of(checks))
     raise typer.Exit(1 if any(check.level == "failed" for check in checks) else 0)
 

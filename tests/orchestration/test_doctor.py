@@ -1,5 +1,6 @@
 """What `medswav doctor` says of a machine."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -112,6 +113,22 @@ def test_nodes_without_the_folder_with_old_files_and_with_other_versions_are_nam
         "ray: a 2.60.0, b 2.59.0"
         in doctor_nodes.versions({"a": {"ray": "2.60.0"}, "b": {"ray": "2.59.0"}}).detail
     )
+
+
+@pytest.mark.parametrize(("late", "level"), [(False, "ok"), (True, "failed")])
+def test_what_the_driver_puts_in_the_place_of_a_file_must_be_what_the_nodes_see(tmp_path: Path, late, level):
+    """late: a node that keeps what it has read."""
+    kept: dict[str, str] = {}
+
+    def ask(folder: Path, number: int) -> list[doctor_nodes.Node]:
+        found = [doctor_nodes.Node(**doctor_nodes.probe(name, str(folder), number)) for name in ("a", "b")]
+        if not late:
+            return found
+        return [dataclasses.replace(n, text=kept.setdefault(n.name, n.text or "")) for n in found]
+
+    checks = {check.name: check for check in doctor_nodes._folder(tmp_path, ask)}
+    assert checks["nodes: close-to-open"].level == level and checks["nodes: clock"].level == "ok"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.ray
