@@ -377,6 +377,24 @@ def bench(
     run(name, seconds, options=options)
 
 
+@app.command()
+def monitoring(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Written to; made if it is not there.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="name=value", help="A threshold of docs/metrics.md; may be repeated."),
+    ] = None,
+) -> None:
+    """Write the rules of Prometheus and the dashboards of Grafana, with thresholds of your own.
+
+    Example: medswav monitoring monitoring --set data_wait_ratio=0.1 --set checkpoint_seconds=3600
+    """
+    from orchestration.monitoring import files, thresholds, write
+
+    for path in write(folder, files(thresholds(set_ or ()))):
+        typer.echo(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `medswav`."""
     return run_app(app, "medswav", arguments)

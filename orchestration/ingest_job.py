@@ -22,7 +22,8 @@ from orchestration.cluster import StopFlag, connected, pin_threads, process_fold
 from orchestration.dedupe_job import leave_out
 from orchestration.ingest_summary import IngestSummary, summary_lines
 from orchestration.inventory_job import take_inventory
-from orchestration.metrics import Metrics, endpoint
+from orchestration.metrics import Metrics
+from orchestration.metrics_endpoint import endpoint, forget_targets
 from orchestration.progress import Progress
 from shards.errors import UserError
 from shards.objects import is_url, location
@@ -64,18 +65,19 @@ def run_ingest(
             job = (planned or plan_job)(config, stream, scratch, workers)
         units = len(job.units) + len(job.done) + job.waiting
         summary = IngestSummary(units=units, already=len(job.done), waiting=job.waiting, absent=job.absent)
+        folder = None if is_url(config.output) else Path(config.output)
         if job.units and not stop:
             count = workers or os.cpu_count() or 1
-            metrics = Metrics("ingest")
-            folder = None if is_url(config.output) else Path(config.output)
+            metrics, name = Metrics("ingest"), location(config.output)
             with (
                 connected(address, cpus=count, verbose=verbose) as cluster,
-                endpoint(metrics, folder, "ingest", metrics_port, metrics_host) as url,
+                endpoint(metrics, folder, "ingest", metrics_port, metrics_host, name) as url,
             ):
                 say(f"ingest: {len(job.units)} units on {count} workers; metrics at {url}")
-                convert = _Conversion(job, config, cluster.folder, metrics, summary)
+                convert = _Conversion(job, config, cluster.folder, metrics, summary, folder)
                 convert.run(count if workers or cluster.local else max(count, cluster.cpus), stop, stream)
         elif not job.units and not job.waiting:
+            forget_targets(folder, "ingest", location(config.output))
             say(job.nothing)
         summary.interrupted = bool(stop) and summary.committed + summary.already < summary.units - job.waiting
     with StopFlag() as stop, stop.at_once():  # what follows is made again by the next run
@@ -198,10 +200,17 @@ class _Conversion:
     """The driver's loop: a bounded window of tasks, results booked as they come."""
 
     def __init__(
-        self, job: Job, config: "IngestConfig", scratch: Path | None, metrics: Metrics, summary: IngestSummary
+        self,
+        job: Job,
+        config: "IngestConfig",
+        scratch: Path | None,
+        metrics: Metrics,
+        summary: IngestSummary,
+        folder: Path | None,
     ) -> None:
         import ray
 
+        self._folder = folder  # None: the output is a bucket
         self._job, self._metrics, self._summary = job, metrics, summary
         output = location(config.output)
         # By reference: the key is then in the object store alone, and in no task's description.
@@ -229,6 +238,7 @@ class _Conversion:
                     self._book(reference)
                     done += 1
                 self._metrics.set("medswav_ingest_units_remaining", total - done)
+                self._metrics.look_at_disk(self._folder)
                 progress.update(done, f"{self._inputs} files, {self._refused} refused")
             self._cancel()
         self._summary.leased_bytes, self._summary.leased_seconds = leases.ledger(self._bucket)

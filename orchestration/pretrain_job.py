@@ -25,7 +25,8 @@ from orchestration.cluster import (
 )
 from orchestration.elastic import RESIZE_SECONDS, Ranks, elastic_trainer, possible_ranks
 from orchestration.feed import object_store_bytes, rank_resources
-from orchestration.metrics import Metrics, endpoint, observe_alarms, observe_step
+from orchestration.metrics import Metrics, observe_alarms, observe_not_finite, observe_step
+from orchestration.metrics_endpoint import endpoint, forget_targets
 from orchestration.pretrain_rank import Control, ControlState, RankSettings, run_rank
 from orchestration.progress import Progress
 from shards.errors import UserError
@@ -100,6 +101,7 @@ def pretrain(
         except _StoppedError:
             return PretrainResult(newest_checkpoint(run_dir), False, 0, time.monotonic() - began)
         if is_complete(config, run_dir, prepared):
+            forget_targets(run_dir, "pretrain")
             say(f"pretrain: nothing to do, the run is complete at step {config.max_steps}")
             return PretrainResult(config.max_steps, True, 0, 0.0)
         if warning := few_samples_warning(config):
@@ -352,10 +354,13 @@ class _Job:
         if state.user_error is not None:
             raise UserError(state.user_error)
         if state.fatal is not None:
+            observe_not_finite(self._metrics)
             raise TrainingFailedError(state.fatal)
         for _ in range(state.failures):
             self._count_failure(state.error)
+        self._metrics.look_at_disk(self._run_dir)
         for start, world in state.starts:
+            self._metrics.set("medswav_train_ranks", world)
             if self._began or start:
                 self._say(f"pretrain: {world} ranks go on from step {start}")
             if not self._began:
@@ -365,6 +370,7 @@ class _Job:
             self._say(f"pretrain: {note}")
         for step in state.steps:
             observe_step(self._metrics, step)
+            self._metrics.set("medswav_train_steps_remaining", self._config.max_steps - 1 - step["step"])
             for event in self._watch.add(step):
                 self._say(f"pretrain: {event.text()}")
             observe_alarms(self._metrics, self._watch)

@@ -13,9 +13,11 @@ from orchestration.elastic import preempted
 from orchestration.feed import Feed, Feeders, batch_bytes, feeders_here, make_batches
 from shards.errors import UserError
 from trainer.feeding import Ahead, Pace
+from trainer.utilisation import figures, peak_of
 
 if TYPE_CHECKING:
     from trainer.batches import Batch
+    from trainer.config import TrainConfig
 
 PAUSE_SECONDS = 0.5
 
@@ -197,7 +199,7 @@ def _train(given: RankSettings) -> None:
     feed = Feed(make_batches, arguments, feeders, config.max_steps, allocate=host_arrays(device))
     control = given.control if rank == 0 else None
     with Ahead(feed, config.max_steps, _pace(given, feeders, control, step_clock(device))) as ahead:
-        source = _Source(feed, ahead, control, world, device.type == "cuda")
+        source = _Source(feed, ahead, control, world, _cost(config, device, world) if rank == 0 else None)
         result = train(
             config,
             source,
@@ -263,11 +265,38 @@ def _watch_stop(control: Any) -> threading.Event:
     return event
 
 
+@dataclass(frozen=True)
+class _Cost:
+    """Operations of a step on one rank, and the peak of its GPU; None where they are not known."""
+
+    flop: float | None
+    peak: float | None
+
+
+def _cost(config: "TrainConfig", device: Any, world: int) -> _Cost | None:
+    """None on a CPU. Networks that are not ours would have to be run to be counted."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    from trainer.config import OWN_BACKBONES
+    from trainer.explain_model import measure_model
+    from trainer.precision import kind_on
+
+    if config.model.backbone not in OWN_BACKBONES:
+        return _Cost(None, None)
+    flop = measure_model(config).flop_per_sample() * config.data.batch_size / world
+    peak = peak_of(torch.cuda.get_device_name(device), kind_on(config.precision, device))
+    return _Cost(flop, peak)
+
+
 class _Source:
     """next_batch of a rank; rank 0 also sends what the driver shows and serves, without waiting."""
 
-    def __init__(self, feed: Feed, ahead: Ahead, control: Any | None, world: int, on_gpu: bool) -> None:
-        self._feed, self._ahead, self._control, self._on_gpu = feed, ahead, control, on_gpu
+    def __init__(
+        self, feed: Feed, ahead: Ahead, control: Any | None, world: int, cost: "_Cost | None"
+    ) -> None:
+        self._feed, self._ahead, self._control, self._cost = feed, ahead, control, cost
         self._world = world
         self._loader: dict[str, float] = {}
         self._began = False
@@ -280,6 +309,10 @@ class _Source:
         if self._control is not None:
             self._loader |= {f"loader/{name}": seconds for name, seconds in batch.seconds.items()}
             self._loader |= {f"loader/{name}": float(number) for name, number in batch.reads.items()}
+            if batch.sizes is not None:  # of this rank's part; the parts of the others are like it
+                for name, number in zip(batch.modalities, batch.sizes, strict=True):
+                    seen = self._loader.get(f"samples/{name}", 0.0)
+                    self._loader[f"samples/{name}"] = seen + float(number * self._world)
             self._loader["loader/depth"] = float(self._feed.depth)
             self._loader["loader/feeders"] = float(self._feed.count)
         return batch
@@ -289,8 +322,10 @@ class _Source:
             return
         values = {name: float(value) for name, value in metrics.items()} | self._loader
         self._loader = {}
-        if self._on_gpu:
+        if self._cost is not None:
             import torch
 
             values["gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+            if self._cost.flop is not None:
+                values |= figures(self._cost.flop, values.get("step_seconds", 0.0), self._cost.peak)
         self._control.tell.remote("step", values)

@@ -59,7 +59,8 @@ class Batch:
     of crops; n = M * b images, modality-major: the first b belong to modalities[0]. keys, passes: [n].
     seconds: spent in read, decode, augment. sizes: images of each modality, where data.sampling makes them
     unequal; None: n / M of each. labels: of each set of supervision.labels, see
-    trainer.labels.SampleLabels.of. reads: shards.reads.Counts of what was read.
+    trainer.labels.SampleLabels.of. reads: shards.reads.Counts of what was read, and cache_bytes, the decoded
+    images that its maker keeps.
     """
 
     step: int
@@ -204,7 +205,7 @@ class BatchMaker:
             name: np.concatenate([by_modality[m].of(of[m]) for m in config.data.modalities])
             for name, by_modality in self._labels.items()
         }
-        cost = of_batch.finish()
+        cost = of_batch.finish() | {"cache_bytes": self._cached_bytes}
         names = config.data.modalities
         return Batch(step, stacks, names, tuple(keys), tuple(passes), seconds, sizes, labels, cost)
 

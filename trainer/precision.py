@@ -79,9 +79,14 @@ class Precision:
 FLOAT32 = Precision()
 
 
-def build_precision(setting: Arithmetic, device: torch.device) -> Precision:
+def kind_on(setting: Arithmetic, device: torch.device) -> str:
+    """fp32 | bf16 | fp16."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    kind = arithmetic(setting, device.type, bf16=native)
+    return arithmetic(setting, device.type, bf16=native)
+
+
+def build_precision(setting: Arithmetic, device: torch.device) -> Precision:
+    kind = kind_on(setting, device)
     return Precision(_AUTOCAST[kind], GradScaler(device.type) if kind == "fp16" else None)
 
 

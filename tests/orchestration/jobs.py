@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from orchestration.metrics import TARGETS_FILE
+from orchestration.metrics_endpoint import TARGETS_FILE
 from shards.store import TEMPORARY_PREFIX
 
 BIN = Path(sys.executable).parent

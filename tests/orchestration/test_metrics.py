@@ -2,15 +2,19 @@
 
 import json
 import re
+import threading
 import urllib.request
 from pathlib import Path
 
 import pytest
 
-from orchestration.metrics import ALL, METRICS, TARGETS_FILE, Metrics, endpoint, observe_step
+from orchestration.metric_table import METRICS
+from orchestration.metrics import ALL, Metrics, observe_not_finite, observe_step
+from orchestration.metrics_endpoint import TARGETS_FILE, TARGETS_VARIABLE, endpoint, forget_targets
 from shards.errors import UserError
 from tests.trainer.fake import FINGERPRINT, FakeBatches, tiny
 from trainer.loop import train
+from trainer.utilisation import figures, peak_of
 
 STEP = {
     "step": 9.0,
@@ -80,6 +84,71 @@ def test_every_diagnostic_of_a_step_has_a_metric(tmp_path):
     served = {m.name: metrics.value(m.name, modality="xr") for m in METRICS if m.labels == ("modality",)}
     values = [value for name, value in served.items() if value is not None and "_train_" in name]
     assert sorted(values) == sorted(seen[-1][f"m/xr/{name}"] for name in names)
+
+
+def test_unequal_parts_of_a_batch_are_counted_as_they_are():
+    metrics = Metrics("train")
+    observe_step(metrics, STEP | {"samples/ct": 60.0, "samples/xr": 4.0})
+    assert metrics.value("medswav_loader_samples_total", modality="ct") == 60
+    assert metrics.value("medswav_loader_samples_total", modality="xr") == 4
+
+
+def test_what_was_not_measured_is_absent_and_not_zero():
+    metrics = Metrics("train")
+    assert metrics.value("medswav_train_gpu_memory_bytes") is None
+    assert metrics.value("medswav_train_checkpoint_timestamp_seconds") > 1e9  # no age since 1970
+    observe_step(metrics, STEP | {"gpu_memory_bytes": 5.0, "model_flop_utilisation_ratio": 0.4})
+    assert metrics.value("medswav_train_gpu_memory_bytes") == 5
+    assert metrics.value("medswav_train_model_flop_utilisation_ratio") == 0.4
+
+
+def test_utilisation_is_a_share_of_the_peak_at_16_bits():
+    peak = peak_of("NVIDIA H100 80GB HBM3", "bf16")
+    assert peak == 989e12
+    assert figures(1e15, 2.0, peak)["model_flop_utilisation_ratio"] == pytest.approx(0.5e15 / 989e12)
+    assert (
+        peak_of("NVIDIA H100 PCIe", "fp16") == 756e12 and peak_of("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    )
+    assert peak_of("NVIDIA H100 80GB HBM3", "fp32") is None and peak_of("NVIDIA A1000", "bf16") is None
+    assert figures(1e15, 2.0, None) == {"model_flop_per_second": 0.5e15}
+
+
+def test_a_failed_job_is_seen_by_one_more_scrape_and_waits_for_nobody_else(tmp_path):
+    """A run that is not finite ends with it: the NaN has to be scraped once."""
+    metrics, seen = Metrics("train"), []
+
+    def ends(scraped: bool) -> None:
+        with pytest.raises(RuntimeError), endpoint(metrics, tmp_path, "pretrain") as url:
+            if scraped:
+                _get(url)
+                again = threading.Timer(0.2, lambda: seen.append(_get(url)))
+                again.start()
+            observe_not_finite(metrics)
+            raise RuntimeError
+
+    ends(scraped=True)
+    assert "medswav_job_failed 1.0" in seen[0] and 'medswav_train_loss{modality="all"} NaN' in seen[0]
+    ends(scraped=False)  # at once: a test that hangs here has waited for a scrape that nobody makes
+
+
+def test_jobs_are_found_in_one_folder_and_a_killed_one_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv(TARGETS_VARIABLE, str(tmp_path / "targets"))
+    with (
+        endpoint(Metrics("ingest"), None, "ingest", name="s3://b/one"),
+        endpoint(Metrics("train"), tmp_path, "x"),
+    ):
+        found = sorted((tmp_path / "targets").glob("medswav-*.json"))
+        assert [path.name.split("-")[1] for path in found] == ["ingest", "x"]
+        left = found[0].read_text()
+    assert list((tmp_path / "targets").iterdir()) == []
+    found[0].write_text(left)  # as after kill -9
+    forget_targets(None, "ingest", "s3://b/one")
+    assert not found[0].exists()
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return response.read().decode()
 
 
 def test_two_jobs_in_one_process_do_not_share_a_registry():

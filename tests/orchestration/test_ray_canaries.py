@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.cli import ingest_main
-from orchestration.metrics import TARGETS_FILE
+from orchestration.metrics_endpoint import TARGETS_FILE
 from shards.ids import create_key
 from tests.orchestration import jobs
 from tests.phi.test_canaries import CANARY, SECRETS, found_in, plant_all, planted

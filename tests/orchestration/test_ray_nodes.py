@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.metrics import TARGETS_FILE
+from orchestration.metrics_endpoint import TARGETS_FILE
 from shards.store import Store
 from shards.verify import verify
 from tests.orchestration import jobs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.metrics import TARGETS_FILE
+from orchestration.metrics_endpoint import TARGETS_FILE
 from tests.batches.make import dataset
 from tests.orchestration import jobs
 from trainer import checkpoint, journal
