@@ -32,10 +32,10 @@ class Metric:
 
 
 _MODALITY = ("modality",)
-_FOLDER = "the output is a folder, not a bucket"
-_QUEUE = "a queue (swav.queue_length), once it has entries"
+FOLDER = "the output is a folder, not a bucket"
+QUEUE = "a queue (swav.queue_length), once it has entries"
 _ONLINE = "evaluation during training (online)"
-_SWAV = "method=swav"
+SWAV = "method=swav"
 _SIMCLR = "method=simclr"
 _HYBRID = "label tables (supervision.labels)"
 _GPU = "ranks on GPUs"
@@ -44,8 +44,8 @@ _BOTH: tuple[Metric, ...] = (
     Metric("medswav_build_info", "gauge", "1, labelled with the version", ("version",), "both"),
     Metric("medswav_job_start_timestamp_seconds", "gauge", "Unix time of the job's start", (), "both"),
     Metric("medswav_job_failed", "gauge", "1 when the job has failed; it ends after one scrape", (), "both"),
-    Metric("medswav_output_free_bytes", "gauge", "free where the job writes to", (), "both", _FOLDER),
-    Metric("medswav_output_size_bytes", "gauge", "size of that file system", (), "both", _FOLDER),
+    Metric("medswav_output_free_bytes", "gauge", "free where the job writes to", (), "both", FOLDER),
+    Metric("medswav_output_size_bytes", "gauge", "size of that file system", (), "both", FOLDER),
 )
 
 _INGEST: tuple[Metric, ...] = (
@@ -111,7 +111,7 @@ _TRAIN: tuple[Metric, ...] = (
         "gauge",
         "loss less ln K; 0: nothing learned",
         _MODALITY,
-        when=_SWAV,
+        when=SWAV,
     ),
     Metric(
         "medswav_train_loss_minus_chance",
@@ -126,52 +126,52 @@ _TRAIN: tuple[Metric, ...] = (
         "hybrid: sum over the label tables, without beta",
         when=_HYBRID,
     ),
-    Metric("medswav_train_target_entropy", "gauge", "entropy of the codes in nats", _MODALITY, when=_SWAV),
+    Metric("medswav_train_target_entropy", "gauge", "entropy of the codes in nats", _MODALITY, when=SWAV),
     Metric(
         "medswav_train_target_perplexity",
         "gauge",
         "exp of the entropy of the codes",
         _MODALITY,
-        when=_SWAV,
+        when=SWAV,
     ),
     Metric(
         "medswav_train_prediction_entropy",
         "gauge",
         "entropy of the predictions in nats",
         _MODALITY,
-        when=_SWAV,
+        when=SWAV,
     ),
     Metric(
         "medswav_train_effective_prototypes",
         "gauge",
         "exp of the entropy of prototype use",
         _MODALITY,
-        when=_SWAV,
+        when=SWAV,
     ),
     Metric(
         "medswav_train_dead_prototypes",
         "gauge",
         "prototypes hardly used of late",
         _MODALITY,
-        when=_SWAV,
+        when=SWAV,
     ),
     Metric(
         "medswav_train_dead_prototypes_ratio",
         "gauge",
         "share of the prototypes",
         _MODALITY,
-        when=_SWAV,
+        when=SWAV,
     ),
     Metric("medswav_train_feature_std", "gauge", "mean standard deviation of the unit features", _MODALITY),
     Metric("medswav_train_effective_rank", "gauge", "effective rank of the features", _MODALITY),
     Metric(
-        "medswav_train_queue_fill_ratio", "gauge", "share of the queue that is filled", _MODALITY, when=_QUEUE
+        "medswav_train_queue_fill_ratio", "gauge", "share of the queue that is filled", _MODALITY, when=QUEUE
     ),
     Metric(
-        "medswav_train_queue_age_steps", "gauge", "mean age of the queue's entries", _MODALITY, when=_QUEUE
+        "medswav_train_queue_age_steps", "gauge", "mean age of the queue's entries", _MODALITY, when=QUEUE
     ),
     Metric(
-        "medswav_train_queue_oldest_steps", "gauge", "age of the queue's oldest entry", _MODALITY, when=_QUEUE
+        "medswav_train_queue_oldest_steps", "gauge", "age of the queue's oldest entry", _MODALITY, when=QUEUE
     ),
     Metric("medswav_train_online_knn_auc", "gauge", "AUC of kNN on the val split", _MODALITY, when=_ONLINE),
     Metric(

@@ -43,9 +43,16 @@ def thresholds(settings: Sequence[str] = ()) -> Thresholds:
 def files(limits: Thresholds) -> dict[str, str]:
     """{path below the folder of monitoring: text}."""
     rules = yaml.safe_dump(rules_file(limits), sort_keys=False, width=110)
+    resource = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "medswav", "labels": {"app.kubernetes.io/part-of": "medswav"}},
+        "spec": rules_file(limits),
+    }
     boards = {"medswav-ingest": dashboard("ingest"), "medswav-pretraining": dashboard("train")}
     return {
         "prometheus/rules.yml": HEADER + rules,
+        "kubernetes/rules.yaml": HEADER + yaml.safe_dump(resource, sort_keys=False, width=110),
         **{f"grafana/dashboards/{name}.json": json.dumps(d, indent=1) + "\n" for name, d in boards.items()},
     }
 
