@@ -384,13 +384,23 @@ def monitoring(
         list[str] | None,
         typer.Option("--set", metavar="name=value", help="A threshold of docs/metrics.md; may be repeated."),
     ] = None,
+    plot_from: Annotated[
+        str | None, typer.Option(help="A Prometheus: draw the dashboards as PNG, for want of Grafana.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=1, help="With --plot-from: how far back.")] = 60.0,
 ) -> None:
-    """Write the rules of Prometheus and the dashboards of Grafana, with thresholds of your own.
+    """Write the rules of Prometheus and the dashboards of Grafana, with thresholds of your own; or pictures.
 
-    Example: medswav monitoring monitoring --set data_wait_ratio=0.1 --set checkpoint_seconds=3600
+    Example: medswav monitoring DIR --set data_wait_ratio=0.1 --set checkpoint_seconds=3600
+    Example: medswav monitoring DIR --plot-from http://127.0.0.1:9090
     """
+    from orchestration.dashboard_plot import write_pictures
     from orchestration.monitoring import files, thresholds, write
 
+    if plot_from is not None:
+        for path in write_pictures(plot_from, folder, minutes):
+            typer.echo(path)
+        return
     for path in write(folder, files(thresholds(set_ or ()))):
         typer.echo(path)
 

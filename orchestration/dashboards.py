@@ -114,10 +114,14 @@ def panel_of(metric: Metric) -> Panel:
     return Panel(title, ((f"{metric.name}{{SEL}}", legend),), unit, help_text)
 
 
+def panels_of(job: str) -> list[Panel]:
+    """Every panel of a dashboard, in its order."""
+    return [*SUMMARY[job], *(panel_of(metric) for metric in metrics_of(job))]
+
+
 def expressions(job: str) -> list[str]:
     """Every query of a dashboard as Prometheus takes it: variables filled in."""
-    panels = [*SUMMARY[job], *(panel_of(m) for m in metrics_of(job))]
-    queries = [query for panel in panels for query, _ in panel.queries]
+    queries = [query for panel in panels_of(job) for query, _ in panel.queries]
     return [q.replace("{SEL}", "").replace("$__rate_interval", "5m") for q in queries]
 
 
