@@ -22,6 +22,7 @@ from orchestration import (
     cli_ingest,
     cli_jobs,
     cli_model,
+    cli_monitoring,
     cli_presets,
     cli_runs,
 )
@@ -51,6 +52,7 @@ app.add_typer(cli_presets.app, name="presets")
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_evaluate.app, name="evaluate")
+app.command()(cli_monitoring.monitoring)
 
 
 @app.command()
@@ -375,34 +377,6 @@ def bench(
             "--commits and --place of bench list"
         )
     run(name, seconds, options=options)
-
-
-@app.command()
-def monitoring(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Written to; made if it is not there.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="name=value", help="A threshold of docs/metrics.md; may be repeated."),
-    ] = None,
-    plot_from: Annotated[
-        str | None, typer.Option(help="A Prometheus: draw the dashboards as PNG, for want of Grafana.")
-    ] = None,
-    minutes: Annotated[float, typer.Option(min=1, help="With --plot-from: how far back.")] = 60.0,
-) -> None:
-    """Write the rules of Prometheus and the dashboards of Grafana, with thresholds of your own; or pictures.
-
-    Example: medswav monitoring DIR --set data_wait_ratio=0.1 --set checkpoint_seconds=3600
-    Example: medswav monitoring DIR --plot-from http://127.0.0.1:9090
-    """
-    from orchestration.dashboard_plot import write_pictures
-    from orchestration.monitoring import files, thresholds, write
-
-    if plot_from is not None:
-        for path in write_pictures(plot_from, folder, minutes):
-            typer.echo(path)
-        return
-    for path in write(folder, files(thresholds(set_ or ()))):
-        typer.echo(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
