@@ -30,21 +30,24 @@ def write_pictures(url: str, folder: Path, minutes: float) -> list[Path]:
     end = time.time()
     written = []
     for job, name in (("ingest", "medswav-ingest"), ("train", "medswav-pretraining")):
-        curves = {panel.title: _curves(url, panel, end, 60 * minutes) for panel in panels_of(job)}
-        shown = [panel for panel in panels_of(job) if curves[panel.title]]
+        task = "ingest" if job == "ingest" else "pretrain"
+        found = [(panel, _curves(url, panel, task, end, 60 * minutes)) for panel in panels_of(job)]
+        shown = [(panel, curves) for panel, curves in found if curves]
         if shown:
             folder.mkdir(parents=True, exist_ok=True)
             written.append(folder / f"{name}.png")
-            _draw(shown, curves, TITLES[job], written[-1])
+            _draw(shown, TITLES[job], written[-1])
     if not written:
         raise UserError(f"{url} has no sample of medswav of the last {minutes:g} minutes: is it scraping?")
     return written
 
 
-def _curves(url: str, panel: Panel, end: float, seconds: float) -> list[Curve]:
+def _curves(url: str, panel: Panel, task: str, end: float, seconds: float) -> list[Curve]:
     found: list[Curve] = []
     for query, legend in panel.queries:
-        asked = query.replace("{SEL}", "").replace("$__rate_interval", f"{max(seconds / 30, 15):.0f}s")
+        asked = query.replace("{SEL}", f'{{task="{task}"}}').replace(
+            "$__rate_interval", f"{max(seconds / 30, 15):.0f}s"
+        )
         arguments = {"query": asked, "start": end - seconds, "end": end, "step": seconds / POINTS}
         for one in ask(url, "query_range", **arguments)["result"]:
             points = [(float(at) - end, float(value)) for at, value in one["values"]]
@@ -71,7 +74,7 @@ def _filled(legend: str, labels: Mapping[str, str]) -> str:
     return legend.strip()
 
 
-def _draw(panels: list[Panel], curves: Mapping[str, list[Curve]], title: str, path: Path) -> None:
+def _draw(panels: list[tuple[Panel, list[Curve]]], title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -79,15 +82,15 @@ def _draw(panels: list[Panel], curves: Mapping[str, list[Curve]], title: str, pa
     figure = Figure(figsize=(4.2 * COLUMNS, 2.5 * rows + 0.5), layout="constrained", dpi=70)
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    for number, panel in enumerate(panels):
+    for number, (panel, curves) in enumerate(panels):
         axes = figure.add_subplot(rows, COLUMNS, number + 1)
-        for legend, times, values in curves[panel.title]:
+        for legend, times, values in curves:
             axes.plot([at / 60 for at in times], values, linewidth=1, marker=".", markersize=2, label=legend)
         axes.set_title(panel.title, fontsize=9)
         axes.set_ylabel(_UNITS.get(panel.unit, ""), fontsize=7)
         axes.tick_params(labelsize=7)
         axes.grid(visible=True, alpha=0.3)
-        if 1 <= len(curves[panel.title]) <= 8:
+        if 1 <= len(curves) <= 8:
             axes.legend(fontsize=6, loc="best")
     figure.supxlabel("minutes before now", fontsize=8)
     figure.savefig(path)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from orchestration.metrics import TARGETS_FILE
+from orchestration.metrics_endpoint import TARGETS_FILE
 from orchestration.page import duration
 from orchestration.run_data import config_of, standing_of
 from shards import catalog
