@@ -1,5 +1,6 @@
 """Haemorrhage: labels of volumes and slices from tables to losses and metrics, from files to the ablation."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from ingest.labels import join_labels
 from ingest.synthetic.heads import COLUMNS, FILES, SLICES, TYPES, VOLUMES, HeadSize, build_heads
+from orchestration.cli import main
 from shards import catalog
 from shards.errors import UserError
 from tests.ingest.files import NAMES, ingest
@@ -92,12 +94,14 @@ def test_metrics_by_hand_and_heads_that_were_not_trained_have_none():
     assert alone["auc"] == 0.5 and np.isnan([alone["auc_types"], alone["auc_slices"]]).all()
 
 
-def test_a_weight_of_zero_trains_nothing_of_its_head():
-    net = HaemorrhageNet(DenseNet3d())
-    loss = haemorrhage.loss(LossWeights(types=0, slices=0), net, torch.rand(2, 1, *BOX), rows(2, [1] * 6))
+def test_with_a_weight_of_zero_labels_of_that_kind_are_not_looked_at():
+    net, alone = HaemorrhageNet(DenseNet3d()), LossWeights(types=0, slices=0)
+    boxes = torch.rand(2, 1, *BOX)
+    loss = haemorrhage.loss(alone, net, boxes, rows(2, [1] * 6, [1] * 8))
     loss.backward()
-    assert not net.slices.weight.grad.any() and not net.findings.weight.grad[1:].any()
-    assert net.findings.weight.grad[0].any()
+    assert net.findings.weight.grad[0].any() and not net.findings.weight.grad[1:].any()
+    other = haemorrhage.loss(alone, net, boxes, rows(2, [1, 0, 0, 0, 0, 0], [0] * 8))
+    assert other.item() == pytest.approx(loss.item(), abs=1e-6)
 
 
 def test_slices_are_judged_by_their_own_place():
@@ -252,3 +256,15 @@ def test_the_full_preset_builds_and_says_what_the_paper_has():
     assert sum(p.numel() for p in net.encoder.parameters()) == 167_480
     assert [tuple(part.shape) for part in net(torch.rand(2, 1, 40, 32, 32))] == [(2, 6), (2, 40)]
     assert TYPES == haemorrhage.TYPES and COLUMNS == FINDINGS
+
+
+def test_the_command_trains_it_with_intervals_by_patient(dataset, tmp_path, capsys):
+    given = ["finetune", "haemorrhage", "--data", str(dataset), "--output", str(tmp_path / "run")]
+    settings = ["box=[8,16,16]", "finetune.epochs=1", "finetune.batch_size=4"]
+    tables = [part for name in BOTH for part in ("--labels", name)]
+    assert main([*given, *tables, *[part for one in settings for part in ("--set", one)], "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["task"] == "haemorrhage" and tree["selection"] == "auc"
+    assert {"auc", "auc_types", "auc_slices", "average_precision"} <= tree["rows"][0]["test"].keys()
+    assert main(["ablate", "stroke", "--data", "x", "--output", "y", "--labels", "z"]) == 2
+    assert "there is no ablation of 'stroke': choose haemorrhage" in capsys.readouterr().err

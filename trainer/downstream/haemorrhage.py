@@ -1,9 +1,9 @@
 """Haemorrhage on head CT (method.md section 7): a label of the volume, five types, slices that show it.
 
-One 3D DenseNet, three losses, each with a weight; a weight of 0 takes a head away from training. The types
-and the slices are auxiliary: the AUC of the volume label is what chooses and what the paper's table shows.
+One 3D DenseNet, three losses, each with a weight; of weight 0, its labels are not used. The types and the
+slices are auxiliary: the AUC of the volume label is what chooses and what the paper's table shows.
 
-    volume, types   linear on the pooled features (1024)
+    volume, types   linear on the pooled features (1024) and on the highest and the mean logit of the slices
     slices          linear on maximum and mean in the plane of the last three blocks and of the last map, each
                     slice of a coarser map standing for those that it was pooled from
 """
@@ -41,7 +41,7 @@ _NAN = float("nan")
 
 
 class LossWeights(Strict):
-    """Of the three losses, each a mean binary cross-entropy over what is known. 0: not trained."""
+    """Of the three losses, each a mean binary cross-entropy over what is known. 0: labels are not used."""
 
     volume: float = Field(default=1.0, gt=0)
     types: float = Field(default=1.0, ge=0)
@@ -70,7 +70,7 @@ class Config(Strict):
 PRESETS: dict[str, Config] = {
     "small": Config(
         box=(16, 48, 40),
-        finetune=FinetuneConfig(epochs=14, patience=0, batch_size=8, learning_rate=2e-3),
+        finetune=FinetuneConfig(epochs=14, patience=0, batch_size=4, learning_rate=2e-3),
     ),
     "full": Config(finetune=FinetuneConfig(epochs=100, patience=20, batch_size=4, learning_rate=3e-4)),
 }
@@ -89,7 +89,7 @@ class HaemorrhageNet(nn.Module):
     def __init__(self, encoder: DenseNet3d) -> None:
         super().__init__()
         self.encoder = encoder
-        self.findings = nn.Linear(encoder.feature_dim, len(FINDINGS))
+        self.findings = nn.Linear(encoder.feature_dim + 2, len(FINDINGS))
         widths = [int(block.width) for block in encoder.blocks][-3:]  # type: ignore[arg-type]
         self.slices = nn.Linear(2 * sum(widths) + encoder.feature_dim, 1)
 
@@ -101,9 +101,10 @@ class HaemorrhageNet(nn.Module):
         for level, one in enumerate([*maps[-3:], final]):
             flat = torch.cat([one.amax((3, 4)), one.mean((3, 4))], dim=1)  # [n, C, Z / 2**level]
             in_plane.append(flat.repeat_interleave(2**level, dim=2)[:, :, :depth])
-        slices: Tensor = self.slices(torch.cat(in_plane, dim=1).transpose(1, 2))
-        findings: Tensor = self.findings(pooled)
-        return findings, slices[..., 0]
+        slices: Tensor = self.slices(torch.cat(in_plane, dim=1).transpose(1, 2))[..., 0]
+        of_slices = torch.stack([slices.amax(1), slices.mean(1)], dim=1)
+        findings: Tensor = self.findings(torch.cat([pooled, of_slices], dim=1))
+        return findings, slices
 
 
 def prepare(config: Config, dataset: str, labels: Sequence[str], encoder: Path | None) -> Task:
@@ -192,8 +193,8 @@ def metrics(
     weights: LossWeights, predictions: Sequence[Prediction], targets: Sequence[Truth]
 ) -> dict[str, float]:
     """auc and average_precision of the volume label; auc_TYPE, auc_types and average_precision_types (means
-    over the types); auc_slices and average_precision_slices, over the slices of all series. nan: a head that
-    was not trained, and a label of one kind only."""
+    over the types); auc_slices and average_precision_slices, over the slices of all series. nan: what has
+    a weight of 0, and a label of one kind only."""
     scores = np.stack([p.findings for p in predictions])
     table = np.stack([t.findings for t in targets])
     aucs, precisions = (roc.per_label(metric, table, scores) for metric in (roc.auc, roc.average_precision))
