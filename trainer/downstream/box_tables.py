@@ -59,8 +59,7 @@ def read_boxes(
     labels that are neither, boxes that do not lie in their image or have no area, no image at all.
     """
     name = Path(source).stem if source.endswith(".csv") else source
-    read = _of_csv if source.endswith(".csv") else _of_dataset
-    given, splits, of_file = read(dataset, source)
+    given, splits, of_file = _read(dataset, source)
     known = {label: i for i, label in enumerate(findings)}
     labels = {label for boxes in given.values() for label, _ in boxes}
     strange = sorted(labels - known.keys() - set(ignored))
@@ -78,13 +77,22 @@ def read_boxes(
         found[key] = Boxes(places, np.array([i for i, _ in kept], np.int64))
     if not found:
         raise UserError(
-            f"the boxes {name!r} are of none of the {len(samples)} images: join the table with "
-            "`ingest label DATASET CSV --kind boxes`"
+            f"the boxes {name!r} are of no image that is there: join the table with `ingest label "
+            "DATASET CSV --kind boxes`"
         )
     return BoxTable(name, found, {key: splits[key] for key in found if splits.get(key)}, of_file)
 
 
+def keys_of(dataset: Path | str, source: str) -> list[str]:
+    """The keys of a table, of images of the dataset or not. Raises UserError."""
+    return list(_read(dataset, source)[0])
+
+
 Given = dict[str, list[tuple[str, tuple[float, ...]]]]  # label and box, by key
+
+
+def _read(dataset: Path | str, source: str) -> tuple[Given, dict[str, str], str]:
+    return (_of_csv if source.endswith(".csv") else _of_dataset)(dataset, source)
 
 
 def _of_dataset(dataset: Path | str, source: str) -> tuple[Given, dict[str, str], str]:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
@@ -28,7 +30,7 @@ from shards.store import file_sha256
 from trainer.config import IntensityConfig
 from trainer.config_data import Strict
 from trainer.downstream.box_images import MULTIPLE, AugmentConfig, Images, augment
-from trainer.downstream.box_tables import BoxTable, read_boxes
+from trainer.downstream.box_tables import BoxTable, keys_of, read_boxes
 from trainer.downstream.finetune import FinetuneConfig
 from trainer.downstream.task import Dataset, Random, Sample, Task
 from trainer.evaluate import froc, roc
@@ -249,7 +251,10 @@ def _tables(
     if not labels:
         raise UserError("findings need a ground truth: name a table of boxes with --labels")
     columns = [*NEEDED_COLUMNS, "patient", "split"]
-    samples = {row["key"]: row for row in catalog.load(dataset, config.modality, columns).to_pylist()}
+    rows = catalog.load(dataset, config.modality, columns)
+    keys = pa.array(keys_of(dataset, labels[0]), pa.string())
+    labelled = rows.filter(pc.is_in(rows["key"], value_set=keys))  # rows of Python objects are large
+    samples = {row["key"]: row for row in labelled.to_pylist()}
     tables = [read_boxes(dataset, one, samples, config.findings, config.ignored) for one in labels]
     if len({table.name for table in tables}) < len(tables):
         raise UserError("two ground truths have one name: give each table a name of its own")
