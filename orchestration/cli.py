@@ -39,7 +39,7 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change a setting; may be repeated.")
 ]
 
-INTERRUPTED = "interrupted: run the same command again; what was complete is kept, and gone on from"
+INTERRUPTED = "interrupted; the same command continues: what was complete is kept"
 
 app = typer.Typer(
     name="medswav",
