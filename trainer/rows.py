@@ -30,7 +30,7 @@ _LOCATION = ("key", "shard", "offset", "size", "crc32", "codec", "rows", "column
 _INTENSITY = ("window_center", "window_width", "window_function", "p005", "p995", "minimum", "maximum")
 NEEDED_COLUMNS = (*_LOCATION, *_INTENSITY)  # of the catalogue, to read an image
 SHARED_ROWS = 1_000_000  # of a modality: fewer are not worth a file, with data.catalogue_cache=auto
-TABLE_ROW_BYTES = 170  # of a row in a table of a process, about
+TABLE_ROW_BYTES = 364  # that a process grows by for a row of its own table (BENCHMARKS.md)
 log = logging.getLogger(__name__)
 
 
