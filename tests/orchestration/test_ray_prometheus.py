@@ -1,8 +1,10 @@
 """A real Prometheus scrapes a running ingest and a running pretraining on a Ray cluster with its token on."""
 
 import json
+import math
 import shutil
 import signal
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ pytestmark = [
 ]
 # As deployed, but for the times.
 QUICK = Thresholds(window="10s", hold="0s")
+STARVED_SECONDS = 4.0
 THERE = ("", FOLDER, SWAV, QUEUE)  # what the two jobs below have of what a metric may need
 
 
@@ -46,6 +49,11 @@ class Prometheus:
     def names(self, task: str) -> set[str]:
         """Of every series that it has ever had of a task, also of one that has ended."""
         return set(self.ask("label/__name__/values", **{"match[]": f'{{job="medswav",task="{task}"}}'}))
+
+    def value(self, query: str) -> float:
+        """Of the one sample that it gives; nan: none."""
+        found = self.ask("query", query=query)["result"]
+        return float(found[0]["value"][1]) if found else math.nan
 
     def is_up(self) -> bool:
         try:
@@ -88,19 +96,41 @@ def prometheus(ray_cluster, tmp_path) -> Iterator[Prometheus]:
         yield server
 
 
+class Starver:
+    """Holds up the process that makes the batches, until no step is done any more; then lets it go."""
+
+    def __init__(self, root: int, prometheus: Prometheus) -> None:
+        self._process = jobs.poll("augmenter", lambda: jobs.workers(root, "ray::Augmenter"))[0]
+        self._prometheus = prometheus
+        self._steps, self._since, self._held = -1.0, time.monotonic(), False
+
+    def fires(self) -> list[dict[str, Any]]:
+        """The alert, once it fires. Called again and again."""
+        now, steps = time.monotonic(), self._prometheus.value("medswav_train_steps")
+        if steps != self._steps:
+            self._steps, self._since = steps, now
+        if not self._held:
+            self._process.suspend()
+            self._held = True
+        elif now - self._since > STARVED_SECONDS:
+            self._process.resume()
+            self._held, self._since = False, now
+            jobs.poll("a step", lambda: self._prometheus.value("medswav_train_steps") > steps)
+        return self._prometheus.firing("MedswavLoaderStarved")
+
+    def end(self) -> None:
+        self._process.resume()
+
+
 def test_every_documented_metric_is_scraped_and_a_starved_loader_fires(
     patients, ray_cluster, prometheus, tmp_path
 ):
-    """Ingest and pretraining at once; views that take far longer than the step of a tiny network."""
+    """Ingest and pretraining at once; then the process that makes the batches is held up."""
     env = ray_cluster.env | {TARGETS_VARIABLE: str(tmp_path / "targets")}
     dataset(tmp_path / "data", tmp_path / "scratch")
     convert = jobs.ingest(patients, tmp_path / "out", "--address", ray_cluster.address)
     train = arguments(tmp_path / "data", tmp_path / "run", "--address", ray_cluster.address)
     train += ["--ranks", "1", "--set", "max_steps=5000", "--set", "data.cache_bytes=10000000"]
-    train += [
-        "--set",
-        "views.crops=[{count: 2, size: 96, share: [0.3, 1.0]}, {count: 6, size: 64, share: [0.05, 0.3]}]",
-    ]
     with (
         jobs.child([MEDSWAV, *train], tmp_path / "train.log", env) as training,
         jobs.child(convert, tmp_path / "ingest.log", env) as converting,
@@ -111,7 +141,9 @@ def test_every_documented_metric_is_scraped_and_a_starved_loader_fires(
         jobs.poll("the metrics of ingest", lambda: wanted <= prometheus.names("ingest"), training)
         wanted = {series(m) for m in metrics_of("train") if m.when in THERE}
         jobs.poll("the metrics of training", lambda: wanted <= prometheus.names("pretrain"), training)
-        (alert,) = jobs.poll("a starved loader", lambda: prometheus.firing("MedswavLoaderStarved"), training)
+        starver = Starver(ray_cluster.root, prometheus)
+        (alert,) = jobs.poll("a starved loader", starver.fires, training)
+        starver.end()
         training.send_signal(signal.SIGTERM)
         assert training.wait(timeout=120) == 130, (tmp_path / "train.log").read_text()
     assert alert["labels"]["task"] == "pretrain" and alert["labels"]["severity"] == "ticket"
