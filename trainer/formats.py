@@ -154,8 +154,9 @@ def _traced(network: nn.Module, channels: int, size: Whole) -> tuple[Any, Tensor
         free = tuple(name for dim, name in names.items() if not isinstance(found[dim], int))
         if dims == (0,) or {"height", "width"} <= set(free):
             return program, images, free
+    what = f"images of {size} px" if isinstance(size, int) else f"volumes of {size_name(size)}"
     raise UserError(
-        f"torch.export cannot trace this network on samples of {size_name(size)} "
+        f"torch.export cannot trace this network on {what} "
         f"({problem[:200].rstrip('.')}): give --size, or use --format encoder"
     )
 
