@@ -5,7 +5,7 @@ FOLDER/source, strict.csv, any_reader.csv    generated radiographs and two groun
 FOLDER/dataset                               images, with the boxes of both
 FOLDER/run                                   pretraining, without labels, on the training split
 FOLDER/findings/pretrained, /random          the detector, trained on the strict truth (medswav finetune)
-FOLDER/findings/table.md, .json, froc.png, .csv, examples.png
+FOLDER/findings/table.md, .json, froc-FINDING.png, .csv, examples.png
 """
 
 import json
@@ -117,12 +117,10 @@ def _report(options: TaskOptions) -> str:
 
     found = _judged(options)
     rows = {arm: one["test"] for arm, one in found.items()}
-    curves = {
-        f"{arm}, {finding}": froc(images)
-        for arm, one in found.items()
-        for finding, images in one["matched"].items()
-    }
-    froc_figure(options.tuned / "froc", curves, title=f"Findings, ground truth: {TRUTHS[0]}")
+    for finding in found[BLOBS]["matched"]:
+        curves = {arm: froc(one["matched"][finding]) for arm, one in found.items()}
+        title = f"{finding.capitalize()}, ground truth: {TRUTHS[0]}"
+        froc_figure(options.tuned / f"froc-{finding}", curves, title=title)
     text = markdown(rows)
     files.replace_file(options.tuned / "table.md", (text + "\n").encode())
     files.replace_file(options.tuned / "table.json", (json.dumps(rows, indent=1) + "\n").encode())

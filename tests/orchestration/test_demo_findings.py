@@ -45,8 +45,9 @@ def test_trainings_become_a_table_of_both_truths_with_the_blob_filter_beside_it(
     assert any(line.startswith("| froc/nodule, any_reader | ") for line in lines)
     table = json.loads((options.tuned / "table.json").read_text())
     assert set(table) == {"pretrained", "random", "blob filter"}
-    with (options.tuned / "froc.csv").open(newline="") as file:
-        curves = {row["name"] for row in csv.DictReader(file)}
-    assert "blob filter, nodule" in curves and "pretrained, pneumothorax" in curves
+    for finding in ("nodule", "pneumothorax"):
+        assert (options.tuned / f"froc-{finding}.png").is_file()
+        with (options.tuned / f"froc-{finding}.csv").open(newline="") as file:
+            assert {row["name"] for row in csv.DictReader(file)} == set(table)
     assert cv2.imread(str(options.tuned / "examples.png")).shape[1] == 3 * 3 * 128
     assert demo_findings._report(options) == text
