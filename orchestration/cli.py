@@ -240,30 +240,17 @@ def doctor(
         list[Path] | None,
         typer.Argument(metavar="[FOLDER]...", help="Where datasets and runs are to be written."),
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="host:port of a Ray cluster: its nodes too; default: this machine only."),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of checks as JSON.")] = False,
 ) -> None:
     """Check this machine and these folders, with the fix for each failure; exit code 1 if one fails.
 
     Example: medswav doctor /lustre/datasets /lustre/runs
-    Example: medswav doctor /lustre/runs --address HEAD:6379
     """
     import json
 
-    from orchestration.doctor import Check, run_checks, text_of
+    from orchestration.doctor import run_checks, text_of
 
     checks = run_checks(folders or ())
-    if address is not None:
-        from orchestration.doctor_nodes import check_nodes
-
-        places = [folder.absolute() for folder in folders or (Path(),) if folder.is_dir()]
-        try:
-            checks += check_nodes(address, places)
-        except UserError as error:
-            checks.append(Check("nodes", "failed", str(error), "start Ray, or name the address of its head"))
     typer.echo(json.dumps([c.as_dict() for c in checks], indent=1) if as_json else text_of(checks))
     raise typer.Exit(1 if any(check.level == "failed" for check in checks) else 0)
 

@@ -1,17 +1,12 @@
 """What `medswav doctor` says of a machine."""
 
-import dataclasses
 import json
 import os
-import subprocess
 from pathlib import Path
 
-import pytest
-
 from ingest.dicom import syntaxes
-from orchestration import doctor, doctor_folders, doctor_nodes
+from orchestration import doctor, doctor_folders
 from orchestration.cli import main
-from tests.orchestration import jobs
 
 
 def test_a_sound_machine_passes_every_check(tmp_path: Path, capsys):
@@ -96,46 +91,3 @@ def test_a_package_that_is_too_old_is_named_with_the_version_to_install():
     found = doctor.held_to("torch", "2.9.1+cu128", "2.11", "training")
     assert found.level == "failed" and found.fix == "pip install 'torch>=2.11'"
     assert doctor.held_to("torch", "2.13.0+cpu", "2.11", "training").level == "ok"
-
-
-def test_nodes_without_the_folder_with_old_files_and_with_other_versions_are_named():
-    here, away = doctor_nodes.Node("a", {}, "after"), doctor_nodes.Node("b", {}, None)
-    late = doctor_nodes.Node("c", {}, "before", -30.0)
-    place = Path("/data")
-    assert doctor_nodes.seen(place, [here, here], [here, here], []).level == "ok"
-    assert "is not on b" in doctor_nodes.seen(place, [here, away], [here, away], []).detail
-    assert "c sees" in doctor_nodes.seen(place, [here, late], [here, late], []).detail
-    assert "a sees" in doctor_nodes.seen(place, [here], [here], ["a"]).detail
-    assert doctor_nodes.clocks(place, [here]).level == "ok"
-    assert "c by -30.0 s" in doctor_nodes.clocks(place, [here, late]).detail
-    assert doctor_nodes.versions({"a": {"ray": "2.60.0"}, "b": {"ray": "2.60.0"}}).level == "ok"
-    assert (
-        "ray: a 2.60.0, b 2.59.0"
-        in doctor_nodes.versions({"a": {"ray": "2.60.0"}, "b": {"ray": "2.59.0"}}).detail
-    )
-
-
-@pytest.mark.parametrize(("late", "level"), [(False, "ok"), (True, "failed")])
-def test_what_the_driver_puts_in_the_place_of_a_file_must_be_what_the_nodes_see(tmp_path: Path, late, level):
-    """late: a node that keeps what it has read."""
-    kept: dict[str, str] = {}
-
-    def ask(folder: Path, number: int) -> list[doctor_nodes.Node]:
-        found = [doctor_nodes.Node(**doctor_nodes.probe(name, str(folder), number)) for name in ("a", "b")]
-        if not late:
-            return found
-        return [dataclasses.replace(n, text=kept.setdefault(n.name, n.text or "")) for n in found]
-
-    checks = {check.name: check for check in doctor_nodes._folder(tmp_path, ask)}
-    assert checks["nodes: close-to-open"].level == level and checks["nodes: clock"].level == "ok"
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.ray
-def test_the_nodes_of_a_cluster_are_looked_at(ray_cluster, tmp_path: Path):
-    command = [str(jobs.BIN / "medswav"), "doctor", str(tmp_path), "--address", ray_cluster.address, "--json"]
-    done = subprocess.run(command, env=ray_cluster.env, capture_output=True, text=True, timeout=300)
-    checks = {check["name"]: check for check in json.loads(done.stdout)}
-    for name in ("nodes: versions", "nodes: close-to-open", "nodes: clock"):
-        assert checks[name]["level"] == "ok" and checks[name]["detail"].startswith("1 nodes")
-    assert done.returncode == 0 and list(tmp_path.iterdir()) == []
