@@ -240,6 +240,8 @@ def test_the_ablation_adds_each_in_turn_and_goes_on_to_the_same_table(dataset, t
     table = (tmp_path / "out" / "ablation.md").read_text()
     assert "| + self-supervision | " in table and "HU histogram" in table
     assert (tmp_path / "out" / "curves.png").exists() and (tmp_path / "out" / "curves.csv").exists()
+    one_kind = {name: {"val": None, "test": 0.5} for name in tree["baselines"]}
+    assert "| - | 0.500 | - |" in haemorrhage_ablation.markdown({**tree, "baselines": one_kind})
     (wanted.place("types", 1) / "result.json").unlink()  # as if killed before its end
     trainings = []
     real = haemorrhage_ablation.finetune

@@ -132,7 +132,8 @@ def markdown(tree: Mapping[str, Any]) -> str:
     ]
     for name, title in BASELINES.items():
         found = tree["baselines"][name]
-        lines.append(f"| {title} | {found['val']:.3f} | {found['test']:.3f} | - | - | - |")
+        val, test = ("-" if found[s] is None else f"{found[s]:.3f}" for s in ("val", "test"))
+        lines.append(f"| {title} | {val} | {test} | - | - | - |")
     for arm, rows in tree["arms"].items():
         cells = [_cell([row["val"]["auc"] for row in rows])]
         cells += [_cell([row["test"][name] for row in rows]) for name in COLUMNS]
