@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestration.cli_help import GROUP
+
 if TYPE_CHECKING:
     from orchestration.evaluate_job import Finding
 
 app = typer.Typer(
-    help="Tables and figures of the paper from runs of finetune, as PNG, CSV, JSON and one HTML page.",
-    no_args_is_help=True,
+    help="Tables and figures of the paper from runs of finetune, as PNG, CSV, JSON and one HTML page.\n\n"
+    "Example: medswav evaluate fractions --help",
+    **GROUP,
 )
 Runs = Annotated[
     list[str], typer.Argument(metavar="[NAME=]RUN...", help="Folders of finetune; equal names are one arm.")
