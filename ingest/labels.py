@@ -22,7 +22,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _PLACED = ("boxes", "masks")
 _LONGEST_LABEL, _MOST_LABELS = 64, 1000
 _SPLITS = frozenset(split.value for split in Split)
-# Lower-case column name -> (catalogue column, kind of pseudonym); the first that a table has is used.
+# Column name, less case and underscores -> (catalogue column, kind of pseudonym); the first found is used.
 _JOINS = {
     "key": ("key", ""),  # a pseudonym already
     "file": ("source", "source"),
@@ -65,7 +65,7 @@ def join_labels(
     path = Path(table)
     columns, parse, join, candidates = check_table(path, name, label_column, by, sources, kind, values)
     _check_of(of, kind, columns)
-    catalog_column, pseudonym = _JOINS[join.lower()]
+    catalog_column, pseudonym = _JOINS[_plain(join)]
     wanted = {"key", "source", "frame", "kind", "volume", catalog_column, *PLACE_COLUMNS}
     wanted |= set(nifti_masks.GEOMETRY_COLUMNS) if kind == "masks" else set()
     samples = {sample["key"]: sample for sample in catalog.load(root, columns=sorted(wanted)).to_pylist()}
@@ -134,10 +134,15 @@ def check_table(
         raise UserError("a name of labels has lower-case letters, digits, - and _ only: choose another")
     columns, _ = read_rows(path)
     parse = parser(kind, path, columns, values, label_column)
-    if any(column.lower() in _JOINS for column in (*values, label_column or "")):
+    if any(_plain(column) in _JOINS for column in (*values, label_column or "")):
         raise UserError("a column of identifiers cannot be the label: choose another label column")
     join, candidates = _join(path, columns, by, sources)
     return columns, parse, join, candidates
+
+
+def _plain(column: str) -> str:
+    """SOPInstanceUID and sop_instance_uid are one name."""
+    return column.lower().replace("_", "")
 
 
 def _check_of(of: str, kind: str, columns: Sequence[str]) -> None:
@@ -209,13 +214,13 @@ def _join(
     path: Path, columns: list[str], by: str | None, sources: Sequence[str | Path]
 ) -> tuple[str, Callable[[str], Iterator[str]]]:
     """The joining column as the table spells it, and the values to look for of one cell."""
-    lower = {column.lower(): column for column in columns}
-    if by is not None and (by not in columns or by.lower() not in _JOINS):
+    plain = {_plain(column): column for column in columns}
+    if by is not None and (by not in columns or _plain(by) not in _JOINS):
         raise UserError(f"labels cannot join by {by!r}: use one of {', '.join(_JOINS)} that the table has")
-    found = by or next((lower[name] for name in _JOINS if name in lower), None)
+    found = by or next((plain[name] for name in _JOINS if name in plain), None)
     if found is None:
         raise UserError(f"the table {path.name} has none of the columns {', '.join(_JOINS)}: add one")
-    if found.lower() != "file":
+    if _plain(found) != "file":
         return found, lambda value: iter([value])
     folder = path.resolve().parent
     roots = [Path(source).resolve() for source in sources if not is_url(source)]

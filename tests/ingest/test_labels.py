@@ -44,7 +44,12 @@ def test_labels_join_by_file_below_and_above_the_source(made):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("PatientID", "P1"), ("SOPInstanceUID", "1.2.3.1"), ("SeriesInstanceUID", "1.2.3.200.1")],
+    [
+        ("PatientID", "P1"),
+        ("sop_instance_uid", "1.2.3.1"),
+        ("SOPInstanceUID", "1.2.3.1"),
+        ("SeriesInstanceUID", "1.2.3.200.1"),
+    ],
 )
 def test_labels_join_by_original_identifier(made, tmp_path, column, value):
     table = tmp_path / "l.csv"
