@@ -72,7 +72,8 @@ def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_with_130_and_says_how_to_go_on(number):
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job begins without it
         "from orchestration import cli, run_list\n"
         "def wait(*_):\n"
         "    print('here', flush=True)\n"

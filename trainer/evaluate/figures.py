@@ -55,7 +55,9 @@ def curves_figure(
         mean, low, high = (f(values[:, there], axis=0) for f in (np.nanmean, np.nanmin, np.nanmax))
         axes.fill_between(epochs, low, high, color=COLOURS[i], alpha=0.18, linewidth=0)
         axes.plot(epochs, mean, color=COLOURS[i], linewidth=1.8, label=name)
-        reached = None if share is None else convergence_epoch(mean, share) - 1
+        reached = None
+        if share is not None and (mean > 0).any():  # a metric that stays at 0 has no share to reach
+            reached = convergence_epoch(mean, share) - 1
         if reached is not None:
             axes.plot(epochs[reached], mean[reached], MARKS[i], color=COLOURS[i], **_MARK)
         counts = np.isfinite(values[:, there]).sum(0)
