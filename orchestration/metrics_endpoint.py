@@ -46,7 +46,9 @@ def endpoint(
     """
     scrapes = _Scrapes(make_wsgi_app(metrics.registry))
     try:
-        server = make_server(host, port, scrapes, _Server, _Quiet)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        served = _Server6 if family == socket.AF_INET6 else _Server
+        server = make_server(host, port, scrapes, served, _Quiet)
     except OSError:
         raise UserError(
             f"port {port} on {host} is not free for the metrics: give another --metrics-port, or 0 for any"
@@ -54,7 +56,9 @@ def endpoint(
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     reachable = socket.gethostname() if host in ("0.0.0.0", "::") else host
-    target = f"{reachable}:{server.server_port}"
+    target = (
+        f"[{reachable}]:{server.server_port}" if ":" in reachable else f"{reachable}:{server.server_port}"
+    )
     entries = target_entries(folder, job, name)
     try:
         for entry in entries:
@@ -117,6 +121,10 @@ class _Server(ThreadingMixIn, WSGIServer):
     """Answers several at a time, as prometheus_client's own does."""
 
     daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Quiet(WSGIRequestHandler):

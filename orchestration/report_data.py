@@ -11,6 +11,14 @@ MODALITY_NAMES = {"xr": "X-ray", "ct": "CT", "mr": "MR", "us": "Ultrasound", "al
 ENCODERS = ("pretrained", "random", "pixels")
 ENCODER_NAMES = {"pretrained": "Pretrained", "random": "Random-initialised", "pixels": "Pixel baseline"}
 PROBE_NAMES = {"linear": "Linear probe", "knn": "kNN"}
+# Settings that say where files lie: no page shows them.
+PATHS = (
+    ("data", "dataset"),
+    ("data", "node_cache"),
+    ("data", "catalogue_cache"),
+    ("views", "band_statistics"),
+    ("model", "init_weights"),
+)
 
 
 def modality_name(modality: str) -> str:

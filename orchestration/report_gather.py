@@ -13,6 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from orchestration.report_data import (
+    PATHS,
     Curve,
     ModalityCount,
     PrototypeUse,
@@ -223,7 +224,8 @@ def _facts(dataset: Path) -> dict[str, str]:
 
 
 def _without_paths(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain values; where the dataset lies is nobody else's business."""
+    """The configuration as plain values; where files lie is nobody else's business."""
     tree: dict[str, Any] = json.loads(config.model_dump_json())
-    tree["data"].pop("dataset", None)
+    for part, name in PATHS:
+        tree[part].pop(name, None)
     return tree

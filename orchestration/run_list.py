@@ -62,17 +62,18 @@ def ls(folder: Path, depth: int, as_json: bool) -> str:
 
 def find(folder: Path, depth: int) -> Iterator[tuple[Path, str]]:
     """(path, kind) of what is there, by name; nothing is looked for inside of what was found."""
-    kind = kind_of(folder)
+    names: list[str] = []
+    try:
+        kind = kind_of(folder)
+        if kind is None and depth > 0:
+            with os.scandir(folder) as entries:
+                names = [e.name for e in entries if e.is_dir(follow_symlinks=False) and e.name[0] != "."]
+    except PermissionError:
+        return  # what lies beside it is listed all the same
     if kind is not None:
         yield folder, kind
-        return
-    if depth < 1:
-        return
-    with contextlib.suppress(PermissionError):
-        with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and e.name[0] != ".")
-        for name in names:
-            yield from find(folder / name, depth - 1)
+    for name in sorted(names):
+        yield from find(folder / name, depth - 1)
 
 
 def kind_of(folder: Path) -> str | None:
@@ -148,7 +149,7 @@ def _is_at_work(dataset: Path) -> bool:
     try:
         (entry,) = json.loads((dataset / TARGETS_FILE).read_bytes())
         host, port = entry["targets"][0].rsplit(":", 1)
-        with socket.create_connection((host, int(port)), timeout=1):
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=1):
             return True
     except FileNotFoundError:
         return False

@@ -21,7 +21,7 @@ from orchestration.page import (
     signed,
     table,
 )
-from orchestration.report_data import Views, modality_name
+from orchestration.report_data import PATHS, Views, modality_name
 from orchestration.report_figures import use_chart, view_figure
 from orchestration.report_style import STRIPS
 from orchestration.run_charts import CHARTS, Chart, charts, letter
@@ -311,9 +311,10 @@ def _differences(runs: Sequence[RunData]) -> str:
 
 
 def _tree(run: RunData) -> dict[str, Any]:
-    """The settings as plain values; where the dataset lies is nobody else's business."""
+    """The settings as plain values; where files lie is nobody else's business."""
     tree: dict[str, Any] = run.config.model_dump(mode="json")
-    tree["data"].pop("dataset", None)
+    for part, name in PATHS:
+        tree[part].pop(name, None)
     return tree
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from orchestration.run_data import RunData
 from orchestration.run_page import Pictures
 from shards.errors import UserError
+from trainer.run_state import without_paths
 
 SHEET_IMAGES = 256  # of each modality that go through the network for the contact sheets
 PROTOTYPES, NEAREST = 6, 8  # shown of each modality, and images of each
@@ -18,19 +19,23 @@ PROTOTYPES, NEAREST = 6, 8  # shown of each modality, and images of each
 def make(run_dir: Path, data: RunData, dataset: str | None, sheet_images: int) -> Pictures:
     """dataset: where it lies now; None: where the run found it. sheet_images: 0 for no contact sheets."""
     root = dataset or data.config.data.dataset
+
+    def told(error: Exception) -> str:
+        return without_paths(error, run_dir, data.config.model_dump(mode="json"), root)
+
     try:
         check_dataset(root, data)
         from orchestration.report_gather import views
 
         found = views(root, run_dir, data.config)
     except (UserError, OSError) as error:
-        return Pictures(why=(f"No pictures: {error}.",))
+        return Pictures(why=(f"No pictures: {told(error)}.",))
     why: list[str] = []
     sheets: tuple[str, ...] = ()
     try:
         sheets = contact_sheets(run_dir, data, root, sheet_images, why) if sheet_images else ()
     except (UserError, OSError) as error:
-        why.append(f"No contact sheets: {error}.")
+        why.append(f"No contact sheets: {told(error)}.")
     return Pictures(found, sheets, tuple(why))
 
 

@@ -9,14 +9,17 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from shards.errors import UserError
+from shards.objects import location
 from trainer import attempts, files, journal
 from trainer.attempts import Attempt
 
@@ -88,11 +91,39 @@ def telling(attempt: Attempt, about: RunState) -> Iterator[Told]:
     try:
         yield told
     except BaseException as error:
-        text = " ".join(str(error).split())[:300] or type(error).__name__
+        text = without_paths(error, attempt.run_dir, about.config)[:300]
         _write(attempt, replace(about, state="failed", step=told.step, changed=utc_now(), error=text))
         raise
     state: Literal["finished", "stopped"] = "finished" if told.finished else "stopped"
     _write(attempt, replace(about, state=state, step=told.step, changed=utc_now()))
+
+
+def without_paths(
+    error: BaseException, run_dir: Path, config: Mapping[str, Any], dataset: str | None = None
+) -> str:
+    """The error in one line for pages that name no path: its own folders have names in place of their paths.
+
+    config: the whole configuration as plain values; dataset: where it lies, if not where that says.
+    """
+    data = config.get("data") or {}
+    named = {
+        "the dataset": (dataset, data.get("dataset")),
+        "the node cache": (data.get("node_cache"),),
+        "the catalogue cache": (data.get("catalogue_cache"),),
+        "the run folder": (str(run_dir),),
+    }
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    known = {}
+    for name, paths in named.items():
+        for path in paths:
+            if path and ("/" in path or name == "the dataset"):
+                known[path] = name
+                with contextlib.suppress(UserError):  # an URL of no known store: as it was given
+                    known[location(path)] = name
+    for path in sorted(known, key=len, reverse=True):
+        # Neither a part of a longer name nor of a word: a dataset may be given as `data`.
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", known[path], text)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def of_this_process(

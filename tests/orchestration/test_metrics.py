@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 import urllib.request
 from pathlib import Path
@@ -111,6 +112,17 @@ def test_utilisation_is_a_share_of_the_peak_at_16_bits():
     )
     assert peak_of("NVIDIA H100 80GB HBM3", "fp32") is None and peak_of("NVIDIA A1000", "bf16") is None
     assert figures(1e15, 2.0, None) == {"model_flop_per_second": 0.5e15}
+
+
+def test_an_address_of_ipv6_is_served_and_written_as_one(tmp_path):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with endpoint(Metrics("train"), tmp_path, "pretrain", host="::1") as url:
+        assert url.startswith("http://[::1]:") and "medswav_job_failed" in _get(url)
+        (entry,) = json.loads((tmp_path / TARGETS_FILE).read_text())
+        assert entry["targets"][0].startswith("[::1]:")
 
 
 def test_a_failed_job_is_seen_by_one_more_scrape_and_waits_for_nobody_else(tmp_path):

@@ -1,5 +1,6 @@
 """The page of a run says how it stands and what is wrong, loads nothing, and shows no picture unasked."""
 
+import errno
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration import run_list
 from orchestration.cli import main
 from orchestration.report_figures import Line, line_chart
 from orchestration.run_data import gather
@@ -180,6 +182,42 @@ def test_ls_tells_runs_and_datasets_apart_and_how_each_stands(good, tmp_path, ca
     line = capsys.readouterr().out
     assert re.match(r"run +done +good +step 24 of 24, checkpoint 24, ", line)
     assert main(["ls", str(tmp_path / "nowhere")]) == 2
+
+
+def test_ls_goes_on_after_a_folder_that_may_not_be_read(good, tmp_path, monkeypatch):
+    real = run_list.kind_of
+
+    def kind_of(folder: Path) -> str | None:
+        if folder.name == "a-locked":
+            raise PermissionError
+        return real(folder)
+
+    (tmp_path / "a-locked").mkdir()
+    shutil.copytree(good, tmp_path / "b")
+    monkeypatch.setattr(run_list, "kind_of", kind_of)
+    assert list(run_list.find(tmp_path, 2)) == [(tmp_path / "b", "run")]
+
+
+def test_no_path_is_on_the_page_neither_in_settings_nor_in_errors(trained, tmp_path):
+    where = Path(shutil.copytree(trained, tmp_path / "run"))
+    state = run_state.read(where)
+    config = state.config
+    dataset_path = config["data"]["dataset"]
+    config["data"] |= {"node_cache": "/scratch/nodes", "catalogue_cache": "/scratch/rows"}
+    error = UserError(
+        f"{dataset_path}/shards/x.tar: holds other bytes, see {where}/run.json and /scratch/rows"
+    )
+    text = run_state.without_paths(error, where, config)
+    assert (
+        text
+        == "the dataset/shards/x.tar: holds other bytes, see the run folder/run.json and the catalogue cache"
+    )
+    full_disk = OSError(errno.ENOSPC, "No space left on device", str(where))
+    assert run_state.without_paths(full_disk, where, config) == "No space left on device"
+    (where / "run.json").write_text(json.dumps(state.__dict__))
+    for there in (None, str(tmp_path / "nowhere")):
+        page = page_of(tmp_path, where, dataset=there)
+        assert str(tmp_path) not in page and dataset_path not in page and "/scratch" not in page
 
 
 def test_a_resumed_run_has_no_step_of_its_times_twice(tmp_path):
