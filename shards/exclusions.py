@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,7 +59,12 @@ class Exclusions:
         """The rows of a table with a column `key` that are not left out."""
         if not self.table.num_rows:
             return table
-        return table.filter(pc.invert(pc.is_in(table["key"], self.keys())))
+        return table.filter(pc.invert(pc.is_in(table["key"], self._left_out)))
+
+    @cached_property
+    def _left_out(self) -> pa.Array:
+        """The keys, joined once: `without` is asked for each part of a catalogue."""
+        return self.table["key"].combine_chunks()
 
 
 _COLUMNS = pa.schema([pa.field(name, _S) for name in ("unit", "key", "modality", "split", "reason")])

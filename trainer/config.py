@@ -248,6 +248,7 @@ class TrainConfig(Strict):
                 f"views.volume is for volumes, and {names[0]} holds images: set data.modalities to volumes "
                 f"like {names[0]}_volumes, or views.volume=null"
             )
+        self._check_head_crop(volumes)
         if backbone in VOLUME_BACKBONES and not volumes:
             raise ValueError(
                 f"model.backbone={backbone} takes volumes, and {names[0]} holds images: choose a network for "
@@ -258,6 +259,15 @@ class TrainConfig(Strict):
             raise ValueError(
                 f"model.backbone={backbone} takes images, and {volumes[0]} holds volumes: set it to "
                 f"{' or '.join(VOLUME_BACKBONES)}"
+            )
+
+    def _check_head_crop(self, volumes: list[str]) -> None:
+        """The default threshold of the head crop is in HU: in other units it would cut patients off."""
+        given, others = self.views.volume, [name for name in volumes if name != "ct_volumes"]
+        if given is not None and others and given.head_crop and "threshold" not in given.model_fields_set:
+            raise ValueError(
+                f"views.volume.head_crop finds heads by HU, and {others[0]} has none: set "
+                "views.volume.head_crop=false, or views.volume.threshold in its units"
             )
 
     def _check_accumulation(self) -> None:

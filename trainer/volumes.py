@@ -115,21 +115,21 @@ def decode_slices(
         raise IndexError("no slice was asked for")
     if digests and stack_digest(digests) != row["pixel_digest"]:
         raise reads.damaged_shard(places[0].shard, places[0].offset)
-    _rescale(volume, row, slices)
+    pairs = _own_scales(row)
+    for image, number in zip(volume if pairs else (), slices or range(len(places)), strict=False):
+        image *= np.float32(pairs[number][0])
+        image += np.float32(pairs[number][1])
     return volume
 
 
-def _rescale(volume: Volume, row: Mapping[str, Any], slices: Sequence[int] | None) -> None:
-    """Slices that were scaled each in its own way to one unit; CT is in HU as it is stored."""
+def _own_scales(row: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Slope and intercept of each slice where slices were scaled each in its own way, so that they need them
+    to be in one unit; else none. CT is in HU as it is stored."""
     slopes, intercepts = row.get("rescale_slopes"), row.get("rescale_intercepts")
     if row["modality"].startswith("ct") or not slopes or not intercepts:
-        return
+        return []
     pairs = list(zip(slopes, intercepts, strict=True))
-    if len(set(pairs)) == 1 or any(None in pair for pair in pairs):
-        return
-    for image, number in zip(volume, range(len(pairs)) if slices is None else slices, strict=True):
-        image *= np.float32(pairs[number][0])
-        image += np.float32(pairs[number][1])
+    return [] if len(set(pairs)) == 1 or any(None in pair for pair in pairs) else pairs
 
 
 def affine_of(row: Mapping[str, Any], reduce: int = 0) -> NDArray[np.float64]:
@@ -266,6 +266,8 @@ def box_of(
     affine = affine_of(row)
     placement = place_box(volume, affine, config.box, crop=config.head_crop, threshold=config.threshold)
     known = dict(row)
+    if _own_scales(row):
+        known["window_center"] = None  # of the stored units, not the volume's
     if intensity.mode != "fixed":
         known["p005"], known["p995"] = (float(p) for p in np.percentile(volume, (0.5, 99.5)))
         known["minimum"], known["maximum"] = float(volume.min()), float(volume.max())

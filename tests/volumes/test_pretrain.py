@@ -97,8 +97,18 @@ def test_images_and_volumes_in_one_run_are_refused_with_the_fix(changes, fix):
     make.config("data", model__backbone="mine:net")  # the user's own network may take volumes
 
 
+def test_the_head_crop_of_other_volumes_than_ct_needs_a_threshold_in_their_units():
+    with pytest.raises(ValueError, match=r"head_crop finds heads by HU, and mr_volumes has none"):
+        make.config("data", data__modalities=["mr_volumes"])
+
+
 def test_a_dataset_without_volumes_says_how_to_get_them(root):
-    config = make.config(root, data__modalities=["mr_volumes"], views__energy_probability=0)
+    config = make.config(
+        root,
+        data__modalities=["mr_volumes"],
+        views__energy_probability=0,
+        views__volume={"box": [8, 32, 28], "head_crop": False},
+    )
     with pytest.raises(
         UserError, match=r"no mr_volumes volumes in split train .modalities there: ct_volumes"
     ):
