@@ -110,6 +110,8 @@ def ablate(
 
     if task != "haemorrhage":
         raise UserError(f"there is no ablation of {task!r}: choose haemorrhage")
+    if any(item.partition("=")[0].strip() == "finetune.seed" for item in set_ or []):
+        raise UserError("--set finetune.seed is an option of its own: use --seeds")
     _, config = finetune_job.configured(task, preset, set_ or [])
     wanted = ablation.Ablation(
         config=config,

@@ -62,6 +62,8 @@ def robustness(
                 network = task.network().to(device)
                 load_best(network, cell.folder)
                 cases = [i for i in range(len(task.test)) if module.is_case(task.test.sample(i, None).target)]
+                if not cases:
+                    raise UserError(f"{arm.name} has no case in test: give runs whose test split has one")
                 drawn = [cases[i] for i in robust.draw_images(len(cases), (_KEY,), images)]
                 inputs = [task.test.sample(i, None).input for i in drawn]
                 if inputs[0].ndim < 3:

@@ -86,6 +86,8 @@ def _read(run: Path) -> tuple[Mapping[str, Any], list[Cell]]:
     if not (run / "result.json").is_file():
         raise UserError(f"{run} is no finished run of medswav finetune: it has no result.json")
     about = json.loads((run / "result.json").read_text())
+    if "rows" not in about or "selection" not in about:
+        raise UserError(f"{run} is one training, not a run of medswav finetune: give the folder of its run")
     cells = []
     for row in about["rows"]:
         folder = run / f"fraction-{row['fraction']:g}" / f"seed-{row['seed']}"

@@ -2,7 +2,7 @@
 
     RUN/run.json                          what the numbers depend on; another one is refused
     RUN/source.json                       where the dataset, the labels and the encoder lay
-    RUN/encoder.safetensors               only with --encoder torchvision:WEIGHTS: these weights
+    RUN/encoder-DIGEST.safetensors        only with --encoder torchvision:WEIGHTS: these weights
     RUN/fraction-F/seed-S/                a training each (trainer.downstream.finetune)
     RUN/fraction-F/seed-S/test.json       its test metrics on every draw of the patients
     RUN/result.json, RUN/result.md        all trainings of the folder, and their table
@@ -209,9 +209,10 @@ def encoder_file(encoder: str, output: Path) -> Path | None:
     if encoder in ("none", "random"):
         return None
     if encoder.startswith("torchvision:"):
+        from shards.ids import digest
         from trainer.downstream.library import save_library_encoder
 
-        path = output / "encoder.safetensors"
+        path = output / f"encoder-{digest(encoder.encode())[:12]}.safetensors"  # a file for each name
         if not path.is_file():
             output.mkdir(parents=True, exist_ok=True)
             save_library_encoder(encoder, path)

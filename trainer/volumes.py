@@ -281,6 +281,11 @@ def whole_box(
     return box_of(read_volume(reader, row), row, config, intensity)
 
 
+def is_axial(affine: NDArray[np.float64]) -> bool:
+    """Whether the slices lie most nearly across the patient's length: only then they are those of a box."""
+    return _axial_axes(affine)[0][0] == 0
+
+
 def _axial_axes(affine: NDArray[np.float64]) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
     """Which axes of the volume run most along z, y and x of the patient, and which of them backwards."""
     directions = affine[:, :3] / np.linalg.norm(affine[:, :3], axis=0)

@@ -17,7 +17,7 @@ from shards.errors import UserError
 from tests.ingest.files import NAMES, ingest
 from trainer.augment.boxes import BoxAugmentConfig, augmented
 from trainer.config import TrainConfig
-from trainer.downstream import haemorrhage, haemorrhage_ablation
+from trainer.downstream import haemorrhage, haemorrhage_ablation, haemorrhage_data
 from trainer.downstream.finetune import FinetuneConfig
 from trainer.downstream.haemorrhage import Config, HaemorrhageNet, LossWeights, Prediction, example, prepare
 from trainer.downstream.haemorrhage_data import FINDINGS, Truth, load_heads, truth, values
@@ -201,6 +201,26 @@ def test_unknown_types_of_a_joined_table_stay_unknown():
     assert found["c"].tolist() == [1, 0, 1, 0, 0, 0]  # a type is a haemorrhage
 
 
+def test_labels_of_a_table_may_be_integers_and_zero_is_no():
+    found = values(pa.table({"key": ["a", "b", "c"], "label": [1, 0, None]}), FINDINGS, "t")
+    assert {key: int(row[0]) for key, row in found.items()} == {"a": 1, "b": 0}
+
+
+def test_labels_of_the_slices_of_a_coronal_series_are_not_used(dataset, monkeypatch):
+    first = catalog.load(dataset, "ct_volumes", columns=["key", "affine"]).to_pylist()[0]
+    real = haemorrhage_data.affine_of
+
+    def turned(row):
+        affine = real(row)
+        return affine[[0, 2, 1]] if row["key"] == first["key"] else affine  # slices from front to back
+
+    monkeypatch.setattr(haemorrhage_data, "affine_of", turned)
+    heads = load_heads(str(dataset), BOTH, BOX, (55.0, 200.0))
+    place = [row["key"] for row in heads.rows].index(first["key"])
+    assert (heads.slices[place] == UNKNOWN).all() and (heads.slices[place - 1] != UNKNOWN).any()
+    assert np.isnan(heads.truth(place).box_slices).all()
+
+
 def encoder(path: Path, backbone: str) -> Path:
     info = encoder_info(TrainConfig.model_validate({"data": {"dataset": "d"}}), 1, "f")
     save_encoder(path, build_encoder(backbone), replace(info, backbone=backbone))
@@ -270,3 +290,10 @@ def test_the_command_trains_it_with_intervals_by_patient(dataset, tmp_path, caps
     assert {"auc", "auc_types", "auc_slices", "average_precision"} <= tree["rows"][0]["test"].keys()
     assert main(["ablate", "stroke", "--data", "x", "--output", "y", "--labels", "z"]) == 2
     assert "there is no ablation of 'stroke': choose haemorrhage" in capsys.readouterr().err
+    given = ["ablate", "haemorrhage", "--data", str(dataset), "--output", str(tmp_path / "t"), *tables]
+    for setting, said in {
+        "finetune.seed=3": "use --seeds",
+        "weights.types=0": "rows of the table are",
+    }.items():
+        assert main([*given, "--set", setting]) == 2
+        assert said in capsys.readouterr().err

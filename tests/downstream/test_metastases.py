@@ -19,7 +19,15 @@ from trainer.config import IntensityConfig
 from trainer.downstream import metastases, metastases_mask
 from trainer.downstream.finetune import FinetuneConfig, finetune, load_best
 from trainer.downstream.metastases_nets import Detector, MaskShape, Segmenter, SliceClassifier, load_segmenter
-from trainer.downstream.slices import SliceAugment, SliceVolume, augmented, drawn, places_of, stack
+from trainer.downstream.slices import (
+    SliceAugment,
+    SliceVolume,
+    augmented,
+    drawn,
+    places_of,
+    read_slices,
+    stack,
+)
 from trainer.export import EncoderInfo, save_encoder
 from trainer.models.encoders import build_encoder
 from trainer.models.resnet import build_backbone
@@ -201,6 +209,17 @@ def test_from_dicom_files_to_both_results(place, tmp_path, monkeypatch, capsys):
     assert 0 <= tree["summary"][0]["test"]["auc"]["mean"] <= 1
     samples = catalog.counts(place / "data")["mr"]
     assert tree["rows"][0]["n_train"] == samples["train"]
+
+
+def test_a_lesion_of_one_pixel_is_still_there_when_its_slice_shrinks(place):
+    row = catalog.load(place / "data", "mr_volumes").to_pylist()[0]
+    mask = np.zeros((row["rows"], row["columns"]), np.uint8)
+    empty = bytes(cv2.imencode(".png", mask)[1])
+    mask[30, 31] = 255
+    masks = dict(zip(row["slice_keys"], (bytes(cv2.imencode(".png", mask)[1]), empty), strict=False))
+    (volume,) = read_slices(str(place / "data"), "mr", 16, masks=masks)
+    assert volume.masks is not None
+    assert volume.masks[0].any() and volume.masks[0].sum() <= 4 and not volume.masks[1:].any()
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(place, done, capsy
     for command, expected in {
         ("fractions", f"a={ours}", f"b={other}"): "b and a are of different label tables",
         ("fractions", f"a={ours}", f"a={ours}"): "two runs of a have the same seed",
+        ("fractions", str(ours / "fraction-1" / "seed-0")): "is one training, not a run",
         ("fractions", str(tmp_path)): "is no finished run of medswav finetune",
         ("convergence", str(ours), "--reference", "x"): "there is no arm 'x'",
         ("curves", str(ours), "--metric", "x"): "the runs have no x after each epoch",

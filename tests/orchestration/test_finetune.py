@@ -134,6 +134,14 @@ def test_what_does_not_fit_is_refused_in_one_line(place, capsys, tmp_path):
     assert "there is no task 'walk'" in capsys.readouterr().err
 
 
+def test_weights_of_a_library_have_a_file_for_each_name(tmp_path, monkeypatch):
+    saved = lambda name, path: path.write_text(name)  # noqa: E731
+    monkeypatch.setattr("trainer.downstream.library.save_library_encoder", saved)
+    names = ["torchvision:A.V1", "torchvision:B.V1", "torchvision:A.V1"]
+    found = [finetune_job.encoder_file(name, tmp_path) for name in names]
+    assert [path.read_text() for path in found] == names and found[0] == found[2]
+
+
 def test_explain_takes_a_step_and_counts_it(capsys):
     command = ["finetune", "classify", "--explain", "--json", "--set", "finetune.batch_size=4"]
     assert main([*command, *RANDOM, "--set", "size=32"]) == 0

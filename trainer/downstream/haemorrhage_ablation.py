@@ -81,6 +81,9 @@ def run(ablation: Ablation, progress: Told | None = None) -> dict[str, Any]:
     """Train what is missing and write the tables; the tree of ablation.json. Raises UserError."""
     if len(ablation.labels) != 2:
         raise UserError("the ablation needs two tables: --labels VOLUMES --labels SLICES")
+    for name in ("types", "slices"):
+        if getattr(ablation.config.weights, name) == 0:
+            raise UserError(f"with weights.{name}=0 rows of the table are the same: give it a weight above 0")
     heads = heads_of(ablation.config, ablation.dataset, ablation.labels)
     for arm in ablation.arms:
         task_of(arm_config(ablation.config, arm), heads, _encoder(ablation, arm))  # refuses what cannot be

@@ -20,7 +20,7 @@ from shards.schema import Split, volumes_of
 from trainer.batches import dataset_fingerprint
 from trainer.downstream.tables import read_table, table_digest
 from trainer.labels import UNKNOWN
-from trainer.volumes import VOLUME_COLUMNS, affine_of, place_box, read_volume, resample
+from trainer.volumes import VOLUME_COLUMNS, affine_of, is_axial, place_box, read_volume, resample
 
 TYPES = ("subarachnoid", "subdural", "epidural", "intraventricular", "intraparenchymal")
 FINDING = "haemorrhage"
@@ -113,7 +113,8 @@ def load_heads(
     cache_bytes: int = 2 << 30,
 ) -> Heads:
     """labels: the table of the volumes, and that of the slices if there is one (downstream.tables). A volume
-    about which neither says anything is left out. Raises UserError."""
+    about which neither says anything is left out, and labels of slices of a series that is not axial are not
+    used: they are not the slices of the box. Raises UserError."""
     if len(labels) not in (1, 2):
         raise UserError(
             f"haemorrhage takes one table of volumes and one of slices, not {len(labels)}: --labels VOLUMES "
@@ -133,6 +134,8 @@ def load_heads(
     used, slices = [], []
     for row in rows:
         of_row = np.concatenate([known.get(key, silent) for key in row["slice_keys"]])
+        if not is_axial(affine_of(row)):
+            of_row = np.full_like(of_row, UNKNOWN)
         if row["key"] in findings or (of_row != UNKNOWN).any():
             used.append(row)
             slices.append(of_row)
@@ -163,7 +166,8 @@ def values(table: pa.Table, names: Sequence[str], source: str) -> dict[str, NDAr
     keys = table["key"].to_pylist()
     if "labels" not in table.column_names:
         cells = table["label"].to_pylist()
-        return {k: _yes_or_no(c, len(names), source) for k, c in zip(keys, cells, strict=True) if c}
+        said_cells = [(k, str(c)) for k, c in zip(keys, cells, strict=True) if c is not None and c != ""]
+        return {k: _yes_or_no(c, len(names), source) for k, c in said_cells}
     there, unsaid = table["labels"].to_pylist(), [None] * len(keys)
     if "unknown" in table.column_names:
         unsaid = table["unknown"].to_pylist()

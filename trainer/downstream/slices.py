@@ -68,8 +68,10 @@ def read_slices(
     """The volumes of a modality that hold a slice of these labels (key to 1 or 0), or masks (key to PNG).
 
     splits: of slices by key, in place of the catalogue's. Intensities are those of the whole volume. Slices
-    are padded to squares, then resampled to `size` px. Raises UserError for a dataset without volumes or with
-    none that is labelled, for a mask of another size than its slice, and a volume in two splits.
+    are padded to squares, then resampled to `size` px; of a mask the pixels that are half or more lesion, and
+    where it has none of them the fullest, so that no lesion is lost. Raises UserError for a dataset without
+    volumes or with none that is labelled, for a mask of another size than its slice, and a volume in two
+    splits.
     """
     needed = dict.fromkeys([*VOLUME_COLUMNS, "patient", "split", "slice_keys", "minimum", "maximum"])
     rows = catalog.load(dataset, volumes_of(modality), list(needed)).to_pylist()
@@ -200,7 +202,8 @@ def _volume(
         truth = np.zeros(pixels.shape, np.uint8)
         for i in np.flatnonzero(masked).tolist():
             mask = _mask(masks[keys[i]], (volume.shape[1], volume.shape[2]))
-            truth[i] = _square(mask, size) >= 0.5
+            share = _square(mask, size)
+            truth[i] = share >= min(0.5, float(share.max())) if mask.any() else 0
     return SliceVolume(
         str(row["key"]),
         str(row["patient"]),

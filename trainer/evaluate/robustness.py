@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import UserError
+
 IMAGES, TRANSFORMS = 50, 50
 WHISKER = 1.5  # of the distance of the quartiles (Tukey 1977)
 
@@ -138,12 +140,15 @@ def relative_deviation(base: NDArray[np.float64], moved: NDArray[np.float64]) ->
 def box(values: NDArray[np.float64]) -> Box:
     """Statistics of all values together; nan are left out and counted. Quartiles are interpolated linearly.
 
-    Raises ValueError where no number is left.
+    Raises UserError where no number is left.
     """
     every = np.asarray(values, np.float64).ravel()
     known = every[~np.isnan(every)]
     if not len(known):
-        raise ValueError("no value is a number")
+        raise UserError(
+            "no case has a probability above 0, so that no relative deviation is a number: give runs of a "
+            "network that finds some"
+        )
     q1, median, q3 = np.quantile(known, [0.25, 0.5, 0.75])
     reach = WHISKER * (q3 - q1)
     inside = known[(known >= q1 - reach) & (known <= q3 + reach)]
