@@ -1,9 +1,11 @@
-"""`medswav monitoring`: rules and dashboards with thresholds of a site, or pictures of the dashboards."""
+"""`medswav monitoring`: rules with thresholds of a site, dashboards, or pictures of these."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from shards.errors import UserError
 
 
 def monitoring(
@@ -17,7 +19,7 @@ def monitoring(
     ] = None,
     minutes: Annotated[float, typer.Option(min=1, help="With --plot-from: how far back.")] = 60.0,
 ) -> None:
-    """Write rules for Prometheus and dashboards for Grafana, with thresholds of your own; or pictures.
+    """Write rules for Prometheus with thresholds of your own, and dashboards for Grafana; or pictures.
 
     Example: medswav monitoring DIR --set data_wait_ratio=0.1
 
@@ -26,6 +28,10 @@ def monitoring(
     from orchestration.dashboard_plot import write_pictures
     from orchestration.monitoring import files, thresholds, write
 
+    if plot_from is not None and set_:
+        raise UserError(
+            "--set is for the rules, and --plot-from draws what was measured: leave one of them away"
+        )
     if plot_from is not None:
         for path in write_pictures(plot_from, folder, minutes):
             typer.echo(path)

@@ -1,7 +1,7 @@
 """What Prometheus and Grafana need, as files: rules, dashboards, and the table of docs/metrics.md.
 
 `python -m orchestration.monitoring` writes those of this repository again; `medswav monitoring DIR` writes
-rules and dashboards with thresholds of one's own. A test holds the committed files equal to the generated.
+rules with thresholds of one's own, and dashboards. A test holds the committed files equal to the generated.
 """
 
 import json
@@ -102,7 +102,7 @@ long the expression has to hold.
 """
 THRESHOLDS = """## Thresholds
 
-`medswav monitoring DIR --set name=value` writes the rules and the dashboards with others.
+`medswav monitoring DIR --set name=value` writes the rules with others, and the dashboards, which have none.
 """
 
 

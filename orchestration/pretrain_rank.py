@@ -309,10 +309,11 @@ class _Source:
         if self._control is not None:
             self._loader |= {f"loader/{name}": seconds for name, seconds in batch.seconds.items()}
             self._loader |= {f"loader/{name}": float(number) for name, number in batch.reads.items()}
-            if batch.sizes is not None:  # of this rank's part; the parts of the others are like it
-                for name, number in zip(batch.modalities, batch.sizes, strict=True):
-                    seen = self._loader.get(f"samples/{name}", 0.0)
-                    self._loader[f"samples/{name}"] = seen + float(number * self._world)
+            # Of this rank's part; the parts of the others are like it.
+            equal = (len(batch.keys) // len(batch.modalities),) * len(batch.modalities)
+            for name, number in zip(batch.modalities, batch.sizes or equal, strict=True):
+                seen = self._loader.get(f"samples/{name}", 0.0)
+                self._loader[f"samples/{name}"] = seen + float(number * self._world)
             self._loader["loader/depth"] = float(self._feed.depth)
             self._loader["loader/feeders"] = float(self._feed.count)
         return batch

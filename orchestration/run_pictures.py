@@ -18,6 +18,8 @@ PROTOTYPES, NEAREST = 6, 8  # shown of each modality, and images of each
 
 def make(run_dir: Path, data: RunData, dataset: str | None, sheet_images: int) -> Pictures:
     """dataset: where it lies now; None: where the run found it. sheet_images: 0 for no contact sheets."""
+    if data.config.views.volume is not None:
+        return Pictures(why=("No pictures: they are made of images, and this run reads volumes.",))
     root = dataset or data.config.data.dataset
 
     def told(error: Exception) -> str:

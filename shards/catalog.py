@@ -215,13 +215,13 @@ def counts(root: str | Path | Store, volumes: bool = False) -> dict[str, dict[st
     return dict(sorted(totals.items()))
 
 
-def mean_bytes(root: str | Path | Store) -> dict[str, float]:
-    """Encoded bytes of a 2D sample by modality, with those that are left out, from the commits."""
+def mean_bytes(root: str | Path | Store, volumes: bool = False) -> dict[str, float]:
+    """Encoded bytes of a 2D sample, or of a volume, by modality, with those left out, from the commits."""
     samples: dict[str, int] = {}
     encoded: dict[str, int] = {}
     for commit in list_commits(_open(root)):
         for modality, statistics in commit.statistics.items():
-            if not is_volumes(modality):
+            if is_volumes(modality) == volumes:
                 samples[modality] = samples.get(modality, 0) + statistics["samples"]
                 encoded[modality] = encoded.get(modality, 0) + statistics["encoded_bytes"]
     return {modality: encoded[modality] / n for modality, n in sorted(samples.items()) if n}

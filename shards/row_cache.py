@@ -41,7 +41,9 @@ class Wanted:
 
     @property
     def slot(self) -> str:
-        return digest("rows", str(location(self.store.root)), self.modality, self.split or "")
+        """Of this user: in a folder of several, nobody could open the lock or the rows of another."""
+        own = digest("rows", str(location(self.store.root)), self.modality, self.split or "")
+        return f"{os.getuid()}_{own}"
 
     def file_name(self, state: str) -> str:
         return f"{self.slot}-{digest(str(FORMAT), state, *self.columns)}"

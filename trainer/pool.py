@@ -25,7 +25,7 @@ def cache_warning(data: DataConfig, images: Mapping[str, int], mean_bytes: Mappi
     if not known or needed <= data.node_cache_bytes:
         return None
     return (
-        f"{mixed / 1e9:.1f} GB of encoded images are mixed at a time, more than the node cache keeps: it "
+        f"{mixed / 1e9:.1f} GB of encoded samples are mixed at a time, more than the node cache keeps: it "
         f"would read every block many times; set data.node_cache_bytes to {needed} or more (of several "
         "nodes, each needs its part of that), or leave data.node_cache out"
     )

@@ -59,8 +59,9 @@ def prepare(
 
 
 def _warn_of_small_cache(config: TrainConfig) -> None:
-    data = config.data
-    counts, mean = catalog.counts(data.dataset), catalog.mean_bytes(data.dataset)
+    data, volumes = config.data, config.views.volume is not None
+    counts = catalog.counts(data.dataset, volumes=volumes)
+    mean = catalog.mean_bytes(data.dataset, volumes=volumes)
     images = {m: sum(n.values()) if data.split == "all" else n[data.split] for m, n in counts.items()}
     if warning := cache_warning(data, images, mean):
         log.warning("%s", warning)

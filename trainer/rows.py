@@ -168,6 +168,8 @@ def _mapped(data: DataConfig, name: str, split: str | None, state: str) -> Mappe
         return None
     auto = data.catalogue_cache == "auto"
     store = open_store(data.dataset)
+    if auto and catalog.select(store, name, split).committed < SHARED_ROWS:
+        return None  # before a word about a folder that is not needed
     try:
         folder = _own_folder() if auto else Path(data.catalogue_cache)
         wanted = Wanted(store, name, split, NEEDED_COLUMNS)

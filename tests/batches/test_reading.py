@@ -93,7 +93,7 @@ def test_a_node_cache_smaller_than_what_is_mixed_is_told_with_the_fix(root, tmp_
         modalities=("ct",), batch_size=8, node_cache=str(tmp_path / "c"), node_cache_bytes=1 << 30
     )
     text = cache_warning(data, {"ct": 10**9}, {"ct": 152e3})  # 8 virtual ranks mix 1024 images each
-    assert text is not None and "1.2 GB of encoded" in text
+    assert text is not None and "1.2 GB of encoded samples" in text
     needed = int(text.partition("data.node_cache_bytes to ")[2].split()[0])
     enough = data.model_copy(update={"node_cache_bytes": needed})
     assert cache_warning(enough, {"ct": 10**9}, {"ct": 152e3}) is None

@@ -175,6 +175,9 @@ def test_without_a_setting_many_rows_are_shared_and_a_full_disk_is_told(own, tmp
     (folder,) = tmp_path.glob(f"medswav-{os.getuid()}")
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)  # somebody else could have put files there
+    with monkeypatch.context() as few:
+        few.setattr(rows, "SHARED_ROWS", 10**6)  # then no folder is needed, and nothing is said
+        assert isinstance(open_modality(config(own, "auto").data, "ct"), Modality) and not caplog.messages
     assert isinstance(open_modality(config(own, "auto").data, "ct"), Modality)
     folder.chmod(0o700)
     row_cache.shutil.rmtree(folder)
@@ -182,6 +185,16 @@ def test_without_a_setting_many_rows_are_shared_and_a_full_disk_is_told(own, tmp
     table = open_modality(config(own, "auto").data, "ct")
     assert isinstance(table, Modality) and values(table) == in_table(own)
     assert "can be written by others" in caplog.messages[0] and "no space left" in caplog.messages[1]
+
+
+def test_a_folder_of_several_users_holds_a_lock_and_files_of_each(own, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    open_ct(own, cache)
+    mine = set(cache.iterdir())
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    assert values(open_ct(own, cache)) == in_table(own)
+    theirs = set(cache.iterdir()) - mine
+    assert len(theirs) == len(mine) == 2 and mine < set(cache.iterdir())
 
 
 def test_a_selection_without_rows_is_said_as_ever(own, tmp_path):

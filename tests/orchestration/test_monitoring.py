@@ -110,3 +110,9 @@ def test_thresholds_are_changed_or_refused_with_their_names(tmp_path, capsys):
         monitoring.thresholds(["wait=1"])
     with pytest.raises(UserError, match="--set hold"):
         monitoring.thresholds(["hold=10 minutes"])
+
+
+def test_thresholds_are_refused_where_pictures_are_drawn(tmp_path, capsys):
+    drawn = ["--plot-from", "http://127.0.0.1:9"]
+    assert main(["monitoring", str(tmp_path), "--set", "data_wait_ratio=0.1", *drawn]) == 2
+    assert "--set is for the rules" in capsys.readouterr().err

@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from orchestration import run_pictures
+from orchestration.run_data import gather
 from shards import catalog
 from shards.errors import UserError
 from shards.store import Store
@@ -21,6 +23,7 @@ from trainer.embed import open_parts
 from trainer.export import info_text, load_encoder
 from trainer.labels import label_sets
 from trainer.loop import train
+from trainer.prepare import _warn_of_small_cache
 from trainer.source import open_source
 from trainer.volumes import affine_of, read_volume, to_box
 
@@ -114,3 +117,14 @@ def test_labels_of_volumes_are_trained_on_and_evaluated_online(run, labelled):
 def test_probes_of_images_refuse_an_encoder_of_volumes(run, labelled):
     with pytest.raises(UserError, match="takes volumes"):
         evaluate(labelled, catalog.labels(labelled, "kind"), [load_encoder(run / "encoder.safetensors")])
+
+
+def test_the_page_of_a_run_on_volumes_says_that_pictures_are_of_images(run):
+    assert "this run reads volumes" in " ".join(run_pictures.make(run, gather(run), None, 8).why)
+
+
+def test_a_node_cache_too_small_for_the_volumes_is_told(root, tmp_path, caplog):
+    own = make.config(root)
+    data = own.data.model_copy(update={"node_cache": str(tmp_path / "cache"), "node_cache_bytes": 1000})
+    _warn_of_small_cache(own.model_copy(update={"data": data}))
+    assert "mixed at a time" in caplog.text
