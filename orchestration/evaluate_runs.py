@@ -69,6 +69,10 @@ def read_arms(given: Sequence[str]) -> list[Arm]:
                 raise UserError(
                     f"{name} and {first_name} are of different {_PLURAL[what]}: arms are compared on one task"
                 )
+        if None not in (about.get("test"), first.get("test")) and about["test"] != first["test"]:
+            raise UserError(
+                f"{name} and {first_name} were tested on different samples: give runs of one test split"
+            )
         abouts.append((name, about))
         old = arms.get(name)
         both = (*(old.cells if old else ()), *cells)

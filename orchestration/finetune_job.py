@@ -9,7 +9,8 @@
 
 A task is a module of trainer.downstream with `Config` (its field `finetune`: FinetuneConfig), PRESETS (at
 least small and full), and `prepare(config, dataset, labels, encoder) -> Task`; a line in TASKS adds it. It
-may have `example(config, encoder) -> Task`, for --explain without a dataset; `case_probability(predictions)
+may have `example(config, encoder) -> Task`, for --explain without a dataset; `digests(config) -> {name:
+digest}` of files that the settings name; `case_probability(predictions)
 -> f64 [n]` and `is_case(target)`, for `medswav evaluate robustness`.
 """
 
@@ -89,6 +90,7 @@ def finetune(request: Request, stream: TextIO | None = None) -> dict[str, Any]:
         "dataset": dataset_fingerprint(request.dataset),
         "labels": [table_digest(request.dataset, labels) for labels in request.labels],
         "settings": _settings(config),
+        "inputs": module.digests(config) if hasattr(module, "digests") else {},
     }
     _check_folder(request.output, about)
     cells = [(seed, fraction) for seed in request.seeds for fraction in request.fractions]
@@ -112,6 +114,7 @@ def finetune(request: Request, stream: TextIO | None = None) -> dict[str, Any]:
 
 def _train(task: "Task", config: "FinetuneConfig", request: Request, counted: "_Counted") -> None:
     """One training, and its metrics on draws of the test patients."""
+    from shards.ids import digest
     from trainer import files
     from trainer.downstream import finetune as loop
     from trainer.evaluate.bootstrap import patient_draws
@@ -127,7 +130,9 @@ def _train(task: "Task", config: "FinetuneConfig", request: Request, counted: "_
         found = task.metrics([predictions[i] for i in drawn], [targets[i] for i in drawn])
         for name, value in found.items():
             draws.setdefault(name, []).append(round(value, _DIGITS) if math.isfinite(value) else None)
-    tree = {"selection": task.selection, "patients": len(set(task.test.patients.tolist())), "draws": draws}
+    patients = sorted(set(task.test.patients.tolist()))
+    tree = {"selection": task.selection, "patients": len(patients), "draws": draws}
+    tree["test"] = digest(*task.test.patients.tolist())  # equal: draws can be paired
     files.replace_file(place / "test.json", json.dumps(tree).encode())
 
 
@@ -146,6 +151,7 @@ def write_result(output: Path) -> dict[str, Any]:
         rows.append({**cell, **said["result"], "test_patients": test["patients"]})
         draws.append(test["draws"])
         about["selection"] = test["selection"]
+        about["test"] = test.get("test")
     order = sorted(range(len(rows)), key=lambda i: (-rows[i]["fraction"], rows[i]["seed"]))
     rows, draws = [rows[i] for i in order], [draws[i] for i in order]
     tree = {**about, "rows": rows, "summary": summarise(rows, draws)}

@@ -209,6 +209,14 @@ def test_from_dicom_files_to_both_results(place, tmp_path, monkeypatch, capsys):
     assert 0 <= tree["summary"][0]["test"]["auc"]["mean"] <= 1
     samples = catalog.counts(place / "data")["mr"]
     assert tree["rows"][0]["n_train"] == samples["train"]
+    assert set(tree["inputs"]) == {"segmenter"}
+    rows = catalog.load(place / "data", "mr").to_pylist()
+    other = {"train": "test", "val": "val", "test": "train"}  # whom the mask network was trained on is test
+    lines = [f"{row['key']},{i % 2},{other[row['split']]}" for i, row in enumerate(rows)]
+    (tmp_path / "leak.csv").write_text("key,label,split\n" + "\n".join(lines) + "\n")
+    capsys.readouterr()
+    assert call(place, "metastases", str(tmp_path / "leak.csv"), tmp_path / "leak", *tuned) == 2
+    assert "mask network was trained or chosen on" in capsys.readouterr().err
 
 
 def test_a_lesion_of_one_pixel_is_still_there_when_its_slice_shrinks(place):

@@ -158,9 +158,13 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(place, done, capsy
     shutil.copytree(ours, other)
     said = json.loads((other / "result.json").read_text())
     (other / "result.json").write_text(json.dumps(said | {"labels": ["x"]}))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(ours, elsewhere)
+    (elsewhere / "result.json").write_text(json.dumps(said | {"test": "other patients"}))
     pixels = done / "runs/odd-even/pixels"
     for command, expected in {
         ("fractions", f"a={ours}", f"b={other}"): "b and a are of different label tables",
+        ("fractions", f"a={ours}", f"b={elsewhere}"): "were tested on different samples",
         ("fractions", f"a={ours}", f"a={ours}"): "two runs of a have the same seed",
         ("fractions", str(ours / "fraction-1" / "seed-0")): "is one training, not a run",
         ("fractions", str(tmp_path)): "is no finished run of medswav finetune",

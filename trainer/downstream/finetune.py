@@ -320,6 +320,10 @@ def _same(folder: Path, said: Mapping[str, Any], about: Mapping[str, Any]) -> No
         if isinstance(was, dict) and isinstance(now, dict):
             name = next(n for n in now if was.get(n) != now[n])
             differ, was, now = [name], was.get(name), now[name]
+        if len(str(was)) + len(str(now)) > 300:
+            raise UserError(
+                f"{folder.name} holds a training with another {differ[0]}: give another folder, or remove it"
+            )
         raise UserError(
             f"{folder.name} holds a training with {differ[0]}={was}, not {now}: give another folder, or "
             "remove it"

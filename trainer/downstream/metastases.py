@@ -29,7 +29,15 @@ from trainer.config import IntensityConfig, check_backbone
 from trainer.config_data import Strict
 from trainer.downstream.finetune import FinetuneConfig
 from trainer.downstream.metastases_mask import noise_volumes, patient_strata
-from trainer.downstream.metastases_nets import MIXED, Segmenter, SliceClassifier, load_segmenter, mask_file
+from trainer.downstream.metastases_nets import (
+    MIXED,
+    Segmenter,
+    SliceClassifier,
+    load_segmenter,
+    mask_file,
+    patient_digests,
+    seen_patients,
+)
 from trainer.downstream.slices import (
     SPLITS,
     Places,
@@ -129,9 +137,16 @@ def prepare(
         splits=table_splits(table),
         intensity=config.intensity,
     )
+    if segmenter is not None:
+        _check_unseen(Path(config.segmenter), volumes)
     masks = None if segmenter is None else predicted(segmenter, volumes, _device(config))
-    used = file_sha256(mask_file(Path(config.segmenter))) if config.attention else "no mask"
+    used = digests(config)["segmenter"] if config.attention else "no mask"
     return slices_task(config, volumes, masks, make, digest("metastases", name, used))
+
+
+def digests(config: Config) -> dict[str, str]:
+    """What else than the settings decides the numbers: the weights of the mask network. Raises UserError."""
+    return {"segmenter": digest(file_sha256(mask_file(Path(config.segmenter))))} if config.segmenter else {}
 
 
 def example(config: Config, encoder: Path | None) -> Task:
@@ -226,6 +241,18 @@ def _segmenter(config: Config) -> Segmenter | None:
             f"size={was[0]} and slices={was[1]}, or train another"
         )
     return network
+
+
+def _check_unseen(segmenter: Path, volumes: Sequence[SliceVolume]) -> None:
+    """The masks of val and test must be as those of new patients. Raises UserError."""
+    trained, chosen = seen_patients(segmenter)
+    for split, seen in (("val", trained), ("test", trained | chosen)):
+        count = len(seen.intersection(patient_digests(v.patient for v in volumes if v.split == split)))
+        if count:
+            raise UserError(
+                f"the mask network was trained or chosen on {count} patients of the {split} split: give "
+                "both tables the same splits, and train it again"
+            )
 
 
 def _sample(

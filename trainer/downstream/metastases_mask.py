@@ -25,7 +25,7 @@ from shards.errors import UserError
 from trainer.config import IntensityConfig
 from trainer.config_data import Strict
 from trainer.downstream.finetune import FinetuneConfig
-from trainer.downstream.metastases_nets import MaskShape, Segmenter, load_segmenter
+from trainer.downstream.metastases_nets import MaskShape, Segmenter, load_segmenter, patient_digests
 from trainer.downstream.slices import (
     SPLITS,
     Places,
@@ -157,7 +157,10 @@ def masks_task(config: Config, volumes: Sequence[SliceVolume]) -> Task:
         metrics=metrics,
         selection="dice",
         strata=patient_strata(volumes),
-        identity=json.dumps(asdict(config.shape)),  # what metastases_nets.load_segmenter reads
+        identity=json.dumps(  # what metastases_nets reads
+            {"shape": asdict(config.shape)}
+            | {s: patient_digests(parts[s].patients.tolist()) for s in ("train", "val")}
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """Networks for lesions in slices: the 2.5D encoder-decoder, and the classifier that is shown its mask."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
 from shards.errors import UserError
-from trainer.downstream.finetune import BEST, load_best
+from shards.ids import digest
+from trainer.downstream.finetune import BEST, RESULT, load_best
 from trainer.models.encoders import feature_dim
 
 MIXED = 3  # channels that the encoder is given
@@ -97,10 +99,10 @@ class Detector(nn.Module):
 
 
 def mask_file(run: Path) -> Path:
-    """The best network of a training of masks: its own folder, or that of `medswav finetune`. UserError."""
-    for path in (run / BEST, run / "fraction-1" / "seed-0" / BEST):
-        if path.is_file():
-            return path
+    """The best network of a finished training of masks: its folder, or that of its run. Raises UserError."""
+    for folder in (run, run / "fraction-1" / "seed-0"):
+        if (folder / BEST).is_file() and (folder / RESULT).is_file():
+            return folder / BEST
     raise UserError(
         f"{run} holds no trained mask network: train one (medswav finetune metastases-mask), and give its "
         "output as segmenter=FOLDER"
@@ -110,14 +112,31 @@ def mask_file(run: Path) -> Path:
 def load_segmenter(run: Path) -> Segmenter:
     """The network of a training of masks, in evaluation mode, on the CPU. Raises UserError."""
     path = mask_file(run)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            shape = MaskShape(**json.loads(json.loads((file.metadata() or {})["finetune"])["identity"]))
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
-        raise UserError(f"{run} holds no mask network, but something else: give another segmenter") from None
-    network = Segmenter(shape)
+    network = Segmenter(_said(run)[0])
     load_best(network, path.parent)
     return network.eval().requires_grad_(False)
+
+
+def patient_digests(patients: Iterable[str]) -> list[str]:
+    """Of each patient once, in order: 60 bits of a digest of the pseudonym."""
+    return sorted({digest(patient)[:12] for patient in patients})
+
+
+def seen_patients(run: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """Digests of the patients that a mask network may have been trained on, and was chosen on. UserError."""
+    return _said(run)[1:]
+
+
+def _said(run: Path) -> tuple[MaskShape, frozenset[str], frozenset[str]]:
+    try:
+        with safetensors.safe_open(mask_file(run), framework="pt") as file:
+            said = json.loads(json.loads((file.metadata() or {})["finetune"])["identity"])
+        return MaskShape(**said["shape"]), frozenset(said["train"]), frozenset(said["val"])
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
+        raise UserError(
+            f"{run} holds no mask network that says whom it was trained on: train it again, or give "
+            "another segmenter"
+        ) from None
 
 
 def _block(inputs: int, width: int) -> nn.Sequential:
