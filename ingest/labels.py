@@ -80,7 +80,7 @@ def join_labels(
         if sample[catalog_column] is not None and labelled is not None and placeable:
             keys.setdefault(sample[catalog_column], {})[labelled] = None
     frame_column = next((column for column in columns if column.lower() == "frame"), None)
-    found = _Found(kind, path.resolve().parent, samples)
+    found = _Found(kind, path.resolve().parent, samples, of)
     unmatched = 0
     for number, row in enumerate(rows_of(path), start=2):  # as an editor counts lines
         value = parse(row)
@@ -169,9 +169,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 class _Found:
-    """The values of the samples so far. classes and masks: the last row counts; others are gathered."""
+    """The values of the samples so far. classes and masks of images: the last row counts; classes of volumes
+    must agree; others are gathered."""
 
-    def __init__(self, kind: str, folder: Path, samples: dict[str, Row]) -> None:
+    def __init__(self, kind: str, folder: Path, samples: dict[str, Row], of: str) -> None:
+        self.of = of
         self.kind, self.masks, self.samples = kind, Masks(folder), samples
         self.values: dict[str, Any] = {}
         self.splits: dict[str, str] = {}
@@ -199,6 +201,10 @@ class _Found:
                 return
             self.values[key] = placed
         else:
+            if self.of == "volumes" and self.values.get(key, value) != value:
+                raise UserError(
+                    f"{where}: a volume has two labels: give each series one row, or use --kind multi"
+                )
             self.values[key] = value
         self.splits[key] = split
 

@@ -23,7 +23,9 @@ from orchestration.progress import Progress
 from shards.errors import UserError
 from shards.ids import digest
 from shards.store import file_sha256
+from trainer.batches import dataset_fingerprint
 from trainer.downstream.finetune import load_best
+from trainer.downstream.tables import table_digest
 from trainer.evaluate import figures
 from trainer.evaluate import robustness as robust
 
@@ -93,6 +95,10 @@ def opened(cell: Cell, name: str) -> tuple["Task", Any]:
     encoder = None if source["encoder"] is None else Path(source["encoder"])
     if encoder is not None and (not encoder.is_file() or digest(file_sha256(encoder)) != about["encoder"]):
         raise UserError(f"the encoder of {cell.run.name} is gone or another now: put {encoder} back")
+    if dataset_fingerprint(source["dataset"]) != about["dataset"]:
+        raise UserError(f"the dataset of {cell.run.name} is another now: put it back, or train again")
+    if [table_digest(source["dataset"], one) for one in source["labels"]] != about["labels"]:
+        raise UserError(f"the labels of {cell.run.name} are others now: put them back, or train again")
     config = module.Config.model_validate(about["settings"])
     return module.prepare(config, source["dataset"], source["labels"], encoder), module
 

@@ -339,6 +339,9 @@ def test_labels_of_a_series_join_its_volume(tmp_path):
             join_labels(out, table, NAMES, name, of=of)
     assert catalog.labels(out, "slices") == before
     join_labels(out, table, NAMES, "volumes", of="volumes")  # those of its own kind are replaced
+    table.write_text("PatientID,label\nP1,bleeding\nP1,none\n")
+    with pytest.raises(UserError, match=r"line 3 of labels\.csv: a volume has two labels"):
+        join_labels(out, table, NAMES, "volumes", of="volumes")
     table.write_text("PatientID,label,frame\nP1,bleeding,0\n")
     for wrong in ({"of": "volumes"}, {"of": "series"}):
         with pytest.raises(UserError):
