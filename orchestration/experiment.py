@@ -247,7 +247,7 @@ def report(
     facts = {
         "date": date.today().isoformat(),
         "machine": machine(),
-        "pretraining": budget(plan.pretraining(0, dataset)),
+        "pretraining": _pretrained(plan, dataset, encoders, out),
         "encoders": [f"{path.parent.name}/{path.name}" for path in encoders],
         "finetune": list(plan.finetune),
         "left_out": dict(refused),
@@ -257,6 +257,16 @@ def report(
     for one in listed:
         runs.setdefault(one.task, []).append(f"{one.arm}={one.request.output}")
     return write_page(runs, facts, out)
+
+
+def _pretrained(plan: Experiment, dataset: str, encoders: Sequence[Path], out: Path) -> str:
+    """What the encoders had, in words: of given ones it is not the plan that tells."""
+    from trainer.export import read_encoder
+
+    if all(path.absolute().is_relative_to(out / "pretraining") for path in encoders):
+        return budget(plan.pretraining(0, dataset))
+    steps = sorted({read_encoder(path)[1].step for path in encoders})
+    return f"given encoders, {', '.join(f'{n:,}' for n in steps)} steps"
 
 
 def _checked(encoders: Sequence[Path]) -> list[Path]:

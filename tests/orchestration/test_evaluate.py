@@ -107,6 +107,7 @@ def test_an_experiment_is_made_once_and_its_page_holds_every_task_table_and_figu
     assert quick == ["odd-even/pixels", "odd-even/none", "odd-even/ours-0"]
     assert "published was left out: torchvision has no weights" in text and "page.html" in text
     tree = json.loads((done / "results.json").read_text())
+    assert tree["pretraining"] == "given encoders, 7 steps"
     found = tree["tasks"]["odd-even"]
     assert list(found) == ["fractions", "convergence", "robustness"]
     assert set(found["fractions"]["gains"]) == {"pixels", "ours"}  # over `none`
