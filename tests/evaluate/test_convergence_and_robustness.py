@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from shards.errors import UserError
 from trainer.evaluate import convergence, robustness
 from trainer.evaluate.robustness import Ranges, Transform, apply, draw_transforms
 
@@ -100,7 +101,7 @@ def test_the_box_is_tukeys():
     box = robustness.box(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 30, np.nan]))
     assert (box.q1, box.median, box.q3) == (3.25, 5.5, 7.75)
     assert (box.low, box.high, box.outliers, box.n, box.undefined, box.mean) == (1, 9, 1, 10, 1, 7.5)
-    with pytest.raises(ValueError, match="no value"):
+    with pytest.raises(UserError, match="no case has a probability above 0"):
         robustness.box(np.array([np.nan]))
 
 
