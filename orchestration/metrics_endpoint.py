@@ -65,7 +65,7 @@ def endpoint(
             _write_targets(entry, target, job)
         try:
             yield f"http://{target}/metrics"
-        except Exception:
+        except Exception:  # whatever ended the job: it goes on its way below
             metrics.set("medswav_job_failed", 1)
             scrapes.wait_for_one(LAST_SCRAPE_SECONDS)
             raise

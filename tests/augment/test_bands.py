@@ -107,7 +107,7 @@ def test_the_stated_error_holds_on_real_images(family):
     folder = DATA / "labelled" / family
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".jpg", ".jpeg"))
     if not files:
-        pytest.skip("the shared test data is not here")
+        pytest.skip("the folder of real test data is absent")
     for file in files[:: max(len(files) // 8, 1)]:
         image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE).astype(np.float32) / 255
         exact, pyramid = bands.gaussian_cascade(image, SIGMAS), bands.build_pyramid(image, SIGMAS)

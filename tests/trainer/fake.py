@@ -9,6 +9,17 @@ from trainer.labels import LabelSet
 FINGERPRINT = "madeup"
 
 
+def changed(tree: dict, changes: dict) -> TrainConfig:
+    """A tree of settings with changes `a__b=value`."""
+    for name, value in changes.items():
+        node = tree
+        *parents, leaf = name.split("__")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return TrainConfig.model_validate(tree)
+
+
 def tiny(**changes) -> TrainConfig:
     tree = {
         "max_steps": 12,
@@ -23,13 +34,7 @@ def tiny(**changes) -> TrainConfig:
         "optim": {"optimizer": "adamw", "learning_rate": 0.002},
         "checkpoint": {"every_steps": 3, "keep": 2},
     }
-    for name, value in changes.items():
-        node = tree
-        *parents, leaf = name.split("__")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return TrainConfig.model_validate(tree)
+    return changed(tree, changes)
 
 
 class FakeBatches:

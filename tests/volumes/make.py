@@ -13,6 +13,7 @@ from shards.ids import digest
 from shards.stats import pixel_digest, pixel_statistics
 from shards.store import Store
 from tests.shards.make import PSEUDONYMS, info
+from tests.trainer.fake import changed
 from tests.volumes.heads import Head, make
 from trainer.config import TrainConfig
 
@@ -96,10 +97,4 @@ def config(root: str, **changes) -> TrainConfig:
         "optim": {"optimizer": "adamw", "learning_rate": 0.002},
         "checkpoint": {"every_steps": 3, "keep": 2},
     }
-    for name, value in changes.items():
-        node = tree
-        *parents, leaf = name.split("__")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return TrainConfig.model_validate(tree)
+    return changed(tree, changes)
