@@ -2,17 +2,15 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from ingest.synthetic.manifest import OK, Manifest, ManifestFile
 from ingest.synthetic.refused import write_refused
-from ingest.synthetic.series import MODALITIES, Task, Written, write_patient
+from ingest.synthetic.series import MODALITIES, Task, write_patient
+from ingest.synthetic.workers import in_order
 from shards.errors import UserError
 
 PATIENTS = 160  # of each modality
@@ -41,7 +39,7 @@ def build(
     tasks = plan(folder, patients, seed)
     files: list[ManifestFile] = []
     identities: set[str] = set()
-    for done, written in enumerate(_run(tasks, workers), start=1):
+    for done, written in enumerate(in_order(write_patient, tasks, workers), start=1):
         files.extend(written.files)
         identities.update(written.identities)
         if progress is not None:
@@ -67,19 +65,6 @@ def plan(folder: Path, patients: int, seed: int) -> list[Task]:
             for i in range(patients)
         ]
     return tasks
-
-
-def _run(tasks: list[Task], workers: int) -> Iterator[Written]:
-    """In the order of the tasks, whatever the order in which they end."""
-    if workers <= 1:
-        yield from map(write_patient, tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        yield from pool.map(write_patient, tasks, chunksize=4)
-
-
-def _one_thread() -> None:
-    cv2.setNumThreads(1)
 
 
 def _write_tables(folder: Path, files: list[ManifestFile]) -> None:

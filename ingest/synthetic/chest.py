@@ -12,13 +12,10 @@ Ingest reduces radiographs above xr_max_side; `ingest label --kind boxes` scales
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
 import numpy as np
 from pydicom.uid import ComputedRadiographyImageStorage
 
@@ -26,6 +23,7 @@ from ingest.synthetic.chest_findings import exposures
 from ingest.synthetic.chest_readers import Labelled, read
 from ingest.synthetic.identity import header, make_person, uid
 from ingest.synthetic.syntaxes import GREY, save, set_pixels
+from ingest.synthetic.workers import in_order
 from ingest.synthetic.xr import to_bits
 from shards.errors import UserError
 
@@ -59,26 +57,14 @@ def build(
     if any(folder.iterdir()):
         raise UserError("the folder for the generated patients is not empty: give an empty or new one")
     images: list[Image] = []
-    for done, written in enumerate(_run([_Patient(folder, seed, i) for i in range(patients)], workers), 1):
+    every_one = [_Patient(folder, seed, i) for i in range(patients)]
+    for done, written in enumerate(in_order(_write, every_one, workers), 1):
         images += written
         if progress is not None:
             progress(done, patients)
     for name in TABLES:
         (folder / f"{name}.csv").write_text(_table(name, images))
     return len(images)
-
-
-def _run(patients: Sequence[_Patient], workers: int) -> Iterator[list[Image]]:
-    """In their order, whatever the order in which they end."""
-    if workers <= 1:
-        yield from map(_write, patients)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        yield from pool.map(_write, patients, chunksize=4)
-
-
-def _one_thread() -> None:
-    cv2.setNumThreads(1)
 
 
 def _write(patient: _Patient) -> list[Image]:

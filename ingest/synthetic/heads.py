@@ -15,13 +15,10 @@ noise and the patient's pose are drawn without regard to that.
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
@@ -33,6 +30,7 @@ from ingest.synthetic.head_bleeds import TYPES, bleeding, present, put
 from ingest.synthetic.identity import Person, header, make_person, uid
 from ingest.synthetic.series import store_hu
 from ingest.synthetic.syntaxes import GREY, save, set_pixels
+from ingest.synthetic.workers import in_order
 from shards.errors import UserError
 
 FINDING = "haemorrhage"
@@ -87,7 +85,7 @@ def build_heads(
         raise UserError("the folder for the generated heads is not empty: give an empty or new one")
     tasks = plan(folder, patients, seed, size or HeadSize())
     written = []
-    for done, one in enumerate(_run(tasks, workers), start=1):
+    for done, one in enumerate(in_order(write_head, tasks, workers), start=1):
         written.append(one)
         if progress is not None:
             progress(done, len(tasks))
@@ -175,19 +173,6 @@ def _instance(
     corner = round(-grid.spacing_mm * (grid.side - 1) / 2, 4)
     data.ImagePositionPatient = [corner, corner, round(index * grid.thickness_mm, 4)]
     return data
-
-
-def _run(tasks: Sequence[HeadTask], workers: int) -> Iterator[Written]:
-    """In the order of the tasks."""
-    if workers <= 1:
-        yield from map(write_head, tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        yield from pool.map(write_head, tasks, chunksize=4)
-
-
-def _one_thread() -> None:
-    cv2.setNumThreads(1)
 
 
 def _write_tables(folder: Path, written: Sequence[Written]) -> None:

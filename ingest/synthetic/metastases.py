@@ -11,13 +11,10 @@ first two tables.
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import MRImageStorage
@@ -26,6 +23,7 @@ from ingest import run_lengths
 from ingest.synthetic.brain_mr import BrainSeries, brain
 from ingest.synthetic.identity import Person, header, make_person, uid
 from ingest.synthetic.syntaxes import GREY, save, set_pixels
+from ingest.synthetic.workers import in_order
 from shards.errors import UserError
 
 PATIENTS = 72
@@ -78,7 +76,7 @@ def build(
     counts = rng.integers(1, _MOST_LESIONS + 1, patients) * (rng.permutation(patients) % 3 != 0)
     tasks = [Patient(folder, seed, i, int(n), slices, side) for i, n in enumerate(counts)]
     found: list[Slice] = []
-    for done, written in enumerate(_run(tasks, workers), start=1):
+    for done, written in enumerate(in_order(write_patient, tasks, workers, chunk=2), start=1):
         found.extend(written)
         if progress is not None:
             progress(done, patients)
@@ -134,19 +132,6 @@ def _data_set(
     data.MagneticFieldStrength, data.BodyPartExamined = (1.5, 3.0)[task.index % 2], "HEAD"
     data.ScanningSequence, data.SequenceVariant = "GR", "SP"
     return data
-
-
-def _run(tasks: list[Patient], workers: int) -> Iterator[list[Slice]]:
-    """In the order of the tasks, whatever the order in which they end."""
-    if workers <= 1:
-        yield from map(write_patient, tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        yield from pool.map(write_patient, tasks, chunksize=2)
-
-
-def _one_thread() -> None:
-    cv2.setNumThreads(1)
 
 
 def _csv(rows: Sequence[tuple[object, ...]]) -> str:
